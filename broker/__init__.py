@@ -1,0 +1,1 @@
+"""The broker: a credential for one task, and proof that it is dead afterwards."""

@@ -1,0 +1,1 @@
+"""HTTP: routes, strict schemas, listeners, and the one table of problems."""

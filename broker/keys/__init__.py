@@ -1,0 +1,1 @@
+"""Key stores: where signing, digest and sealing keys live."""

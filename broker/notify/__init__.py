@@ -1,0 +1,1 @@
+"""Signed webhooks: room kept for them, nothing is sent yet."""

@@ -1,0 +1,1 @@
+"""What the broker does, one screen each: no HTTP, no vendor SDK, no SQL."""

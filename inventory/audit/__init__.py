@@ -1,0 +1,1 @@
+"""Canonical bytes, hash chain, signed heads and their offline verification."""

@@ -1,0 +1,1 @@
+"""The database engine, its schema and the one writer."""
