@@ -1,0 +1,7 @@
+"""Fixtures every test may use."""
+
+from __future__ import annotations
+
+from tests.support.parts import orders_database, postgres_server, short_dir
+
+__all__ = ["orders_database", "postgres_server", "short_dir"]
