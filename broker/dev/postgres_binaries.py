@@ -66,7 +66,7 @@ class PostgresBinaries:
 
         """
         if self.wheel_root is None:
-            msg = f"the server's account cannot reach {self.directory}: let others enter its parents, or {REMEDY}"
+            msg = f"the server's account cannot reach {self.directory}: open its parents, or {REMEDY}"
             raise PostgresMissing(msg)
         installed = self.directory.parent.relative_to(self.wheel_root)
         copied = PostgresBinaries(target / installed / "bin", self.major)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -26,7 +27,9 @@ _PORT_TAKEN: Final = b"Address already in use"
 _LOG_BYTES_MAX: Final = 8_000_000
 _LOG_TAIL_LINES: Final = 12
 _KEEP_ACCOUNT: Final = "-1"
-_PAUSE_ROUNDS_MAX: Final = 100
+_PAUSE_SECONDS_MAX: Final = 5
+_PAUSE_POLL_SECONDS: Final = 0.001
+_RUNNING: Final = frozenset("RSDI")
 _MS: Final = 1000
 
 
@@ -74,17 +77,28 @@ def _printable(lines: Sequence[bytes]) -> str:
     return b"".join(lines).decode("utf-8", "backslashreplace").rstrip()
 
 
+def _state_and_parent(pid: int) -> tuple[str, int]:
+    """Return a process's one-letter state and its parent; ("", 0) where it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
+    except OSError:
+        return "", 0
+    # The command's name stands in parentheses and may hold anything, parentheses too.
+    state, parent = text.rpartition(")")[2].split()[:2]
+    return state, int(parent)
+
+
 def _children(pid: int) -> set[int]:
     """Return the process ids whose parent is `pid`."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):  # it ended while we looked
-                # The command's name stands in parentheses and may hold anything; the parent comes after it.
-                state_and_parent = (entry / "stat").read_text("utf-8", "replace").rpartition(")")[2].split()
-                if int(state_and_parent[1]) == pid:
-                    found.add(int(entry.name))
-    return found
+    everyone = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    return {other for other in everyone if _state_and_parent(other)[1] == pid}
+
+
+def _wait_until_stopped(pids: set[int]) -> None:
+    """Return once none of `pids` runs: SIGSTOP takes a moment to reach another processor."""
+    deadline = time.monotonic() + _PAUSE_SECONDS_MAX
+    while any(_state_and_parent(pid)[0] in _RUNNING for pid in pids) and time.monotonic() < deadline:
+        time.sleep(_PAUSE_POLL_SECONDS)
 
 
 def _signal(pids: set[int], number: signal.Signals) -> None:
@@ -221,13 +235,10 @@ class Postmaster:
             return
         self._paused = True
         _signal({self.pid}, signal.SIGSTOP)
-        stopped: set[int] = set()
-        for _ in range(_PAUSE_ROUNDS_MAX):
-            new = _children(self.pid) - stopped
-            if not new:
-                break
-            _signal(new, signal.SIGSTOP)
-            stopped |= new
+        _wait_until_stopped({self.pid})
+        children = _children(self.pid)
+        _signal(children, signal.SIGSTOP)
+        _wait_until_stopped(children)
 
     def resume(self) -> None:
         """Let every stopped process go on. Idempotent."""
