@@ -109,12 +109,8 @@ class Cause(StrEnum):
     SUSPENDED = "suspended"
     ORPHAN = "orphan"
     OBJECT_GONE = "object_gone"
-    BACKEND_ACCEPTED = "backend_accepted"
-    VERIFIED_ABSENT = "verified_absent"
-    VERIFIED_PRESENT = "verified_present"
     NATIVE_EXPIRY = "native_expiry"
-    VALUE_OUTLIVES = "value_outlives"
-    OPERATOR = "operator"
+    ABANDONED = "abandoned"
 
 
 class Urgency(IntEnum):

@@ -1,0 +1,45 @@
+"""What every service works with. Built once by the composition root."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from broker.service.watch import LeaseWatch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from broker.core.clock import Clock
+    from broker.core.ports import KeyStore
+    from broker.core.registration import Registration
+    from broker.core.telemetry import Telemetry
+    from broker.policy.catalog import Catalog
+    from broker.policy.engine import PolicyEngine
+    from broker.service.backends import Backends
+    from broker.service.limits import Limits
+    from inventory.store.store import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """Collaborators shared by the services.
+
+    Attributes:
+        sweep_due: set by every commit that leaves work for the sweeper.
+        watch: told of every lease that reaches its end.
+
+    """
+
+    store: Store
+    clock: Clock
+    keys: KeyStore
+    policy: PolicyEngine
+    catalog: Catalog
+    backends: Backends
+    telemetry: Telemetry
+    limits: Limits
+    registrations: Mapping[str, Registration]
+    watch: LeaseWatch = field(default_factory=LeaseWatch)
+    sweep_due: asyncio.Event = field(default_factory=asyncio.Event)

@@ -1,0 +1,28 @@
+"""Durable counters and job claims."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from inventory.store.writer import Transaction
+
+
+def reserve_block(tx: Transaction, counter: str, size: int) -> int:
+    """Reserve `size` numbers of a counter and return the first. None is ever handed out twice."""
+    row = tx.one("SELECT value FROM meta WHERE key = ?", (counter,))
+    first = 0 if row is None else int(row[0])
+    tx.execute(
+        "INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+        (counter, str(first + size)),
+    )
+    return first
+
+
+def claim_job(tx: Transaction, name: str, *, now_ms: int, every_ms: int) -> bool:
+    """Claim a periodic job's next run; False where another process has it already."""
+    tx.execute("INSERT INTO jobs (name, due_ms) VALUES (?, 0) ON CONFLICT (name) DO NOTHING", (name,))
+    cursor = tx.execute(
+        "UPDATE jobs SET due_ms = ? WHERE name = ? AND due_ms <= ?", (now_ms + every_ms, name, now_ms)
+    )
+    return cursor.rowcount == 1

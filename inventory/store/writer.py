@@ -1,0 +1,241 @@
+"""The one writer: sole opener of write transactions, group commit, and the audit chain in it.
+
+Callers hand over units of work (`await writer.run(unit)`). The writer gathers whatever
+waits, runs each unit inside a savepoint of one transaction, and commits once. A unit that
+raises is undone alone; its audit records and its place in the chain go with it. Nothing a
+unit returns is released before its commit is durable.
+
+Statements run on the event loop (microseconds each), COMMIT with its fsync in one worker
+thread, so that requests arriving meanwhile form the next group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+
+from broker.core.errors import LedgerUnavailable, Overloaded
+from inventory.audit.chain import ChainHead, append
+from inventory.store.sql import positional_insert_sql
+from inventory.store.tables import AuditRow, AuditTextRow
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from broker.core.audit import AuditRecord
+    from broker.core.ports import KeyStore
+
+T = TypeVar("T")
+
+QUEUE_MAX: Final = 4096
+"""Units that may wait; beyond it the answer is 503, not an ever longer wait."""
+
+BATCH_MAX: Final = 128
+"""Units per commit: bounds what one slow fsync or one rollback holds up."""
+
+_INSERT_AUDIT: Final = positional_insert_sql(AuditRow)
+_INSERT_AUDIT_TEXT: Final = positional_insert_sql(AuditTextRow)
+
+
+class Transaction:
+    """What a unit of work may touch: statements, audit records, and hooks for after the commit."""
+
+    __slots__ = ("_after", "_connection", "_keys", "head")
+
+    def __init__(self, connection: sqlite3.Connection, head: ChainHead, keys: KeyStore) -> None:
+        self._connection = connection
+        self._keys = keys
+        self._after: list[Callable[[], None]] = []
+        self.head = head
+
+    def execute(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> sqlite3.Cursor:
+        """Run one statement."""
+        return self._connection.execute(sql, parameters)
+
+    def one(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> Any:
+        """Run one statement and return its first row, or None."""
+        return self._connection.execute(sql, parameters).fetchone()
+
+    def audit(self, record: AuditRecord) -> None:
+        """Append to the chain, in this transaction: either both stand or neither."""
+        self.head, row, texts = append(self.head, record, self._keys)
+        self._connection.execute(_INSERT_AUDIT, row)
+        for text in texts:
+            self._connection.execute(_INSERT_AUDIT_TEXT, text)
+
+    def after_commit(self, hook: Callable[[], None]) -> None:
+        """Call `hook` on the event loop once this unit is durable. It must not raise."""
+        self._after.append(hook)
+
+    @property
+    def hooks(self) -> list[Callable[[], None]]:
+        """Hooks registered so far."""
+        return self._after
+
+
+@dataclass(slots=True)
+class _Item(Generic[T]):
+    unit: Callable[[Transaction], T]
+    future: asyncio.Future[T]
+    result: T | None = None
+    hooks: Sequence[Callable[[], None]] = ()
+
+
+class Writer:
+    """Group commit over one SQLite connection.
+
+    Attributes:
+        head: where the audit chain stands after the last durable commit.
+        commits: how many commits were made, units how many units they held: for metrics.
+
+    """
+
+    def __init__(
+        self, connection: sqlite3.Connection, head: ChainHead, keys: KeyStore, *, queue_max: int = QUEUE_MAX
+    ) -> None:
+        self._connection = connection
+        self._keys = keys
+        self._queue: deque[_Item[Any]] = deque()
+        self._queue_max = queue_max
+        self._wake = asyncio.Event()
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger-commit")
+        self._task: asyncio.Task[None] | None = None
+        self._closing = False
+        self.head = head
+        self.commits = 0
+        self.units = 0
+        self.last_failure: str | None = None
+
+    def start(self) -> None:
+        """Begin to drain the queue on the running loop."""
+        self._task = asyncio.get_running_loop().create_task(self._drain(), name="ledger-writer")
+
+    @property
+    def waiting(self) -> int:
+        """Units in the queue."""
+        return len(self._queue)
+
+    async def run(self, unit: Callable[[Transaction], T]) -> T:
+        """Run `unit` in a transaction and return its result once it is durable.
+
+        Raises:
+            Overloaded: the queue is full; nothing was done.
+            LedgerUnavailable: the commit failed; nothing was done.
+            BaseException: whatever `unit` raised; nothing of it was done.
+
+        """
+        if self._closing or self._task is None:
+            raise LedgerUnavailable("The broker is shutting down.", retry_after_seconds=5)
+        if len(self._queue) >= self._queue_max:
+            raise Overloaded("The ledger's queue is full; retry shortly.", retry_after_seconds=1)
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._queue.append(_Item(unit, future))
+        self._wake.set()
+        try:
+            # A cancelled caller must not cancel the future under a unit that may already be committing.
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(_nobody_is_waiting)
+            raise
+
+    async def close(self) -> None:
+        """Finish what is queued, then stop. Idempotent."""
+        self._closing = True
+        self._wake.set()
+        if self._task is not None:
+            await self._task
+            self._task = None
+        self._executor.shutdown(wait=True)
+        self._connection.close()
+
+    async def _drain(self) -> None:
+        while True:
+            if not self._queue:
+                if self._closing:
+                    return
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            batch = [self._queue.popleft() for _ in range(min(BATCH_MAX, len(self._queue)))]
+            await self._commit_together(batch)
+
+    async def _commit_together(self, batch: list[_Item[Any]]) -> None:
+        try:
+            await self._transact(batch)
+        except sqlite3.Error as error:
+            self.last_failure = type(error).__name__
+            if len(batch) == 1:
+                _fail(batch[0], error)
+                return
+            # One unit may be what the database cannot take: let the others through.
+            for item in batch:
+                await self._commit_together([item])
+
+    async def _transact(self, batch: list[_Item[Any]]) -> None:
+        """Run a batch in one transaction; raises sqlite3.Error with everything rolled back."""
+        head = self.head
+        done: list[_Item[Any]] = []
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            for item in batch:
+                head = self._run_unit(item, head, done)
+            await asyncio.get_running_loop().run_in_executor(self._executor, self._connection.commit)
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.rollback()
+            raise
+        self.head = head
+        self.commits += 1
+        self.units += len(done)
+        self.last_failure = None
+        for item in done:
+            _succeed(item)
+
+    def _run_unit(self, item: _Item[Any], head: ChainHead, done: list[_Item[Any]]) -> ChainHead:
+        """Run one unit in a savepoint and return the chain's head after it."""
+        transaction = Transaction(self._connection, head, self._keys)
+        self._connection.execute("SAVEPOINT unit")
+        try:
+            item.result = item.unit(transaction)
+        except sqlite3.Error:
+            raise  # the database itself failed: the batch is rolled back and retried one by one
+        except Exception as error:  # noqa: BLE001  whatever a unit raises is its caller's, not the writer's
+            self._connection.execute("ROLLBACK TO unit")
+            self._connection.execute("RELEASE unit")
+            if not item.future.done():
+                item.future.set_exception(error)
+            return head
+        self._connection.execute("RELEASE unit")
+        item.hooks = transaction.hooks
+        done.append(item)
+        return transaction.head
+
+
+def _nobody_is_waiting(future: asyncio.Future[Any]) -> None:
+    """Fetch the outcome, so that a failure after its caller left is not reported as unhandled."""
+    if not future.cancelled():
+        future.exception()
+
+
+def _succeed(item: _Item[Any]) -> None:
+    for hook in item.hooks:
+        hook()
+    if not item.future.done():
+        item.future.set_result(item.result)
+
+
+def _fail(item: _Item[Any], error: sqlite3.Error) -> None:
+    if item.future.done():
+        return
+    if isinstance(error, sqlite3.IntegrityError):
+        item.future.set_exception(error)
+        return
+    failure = LedgerUnavailable(
+        "The ledger cannot be written; nothing was issued. Retry later.", retry_after_seconds=5
+    )
+    failure.__cause__ = error
+    item.future.set_exception(failure)
