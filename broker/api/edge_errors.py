@@ -108,6 +108,10 @@ class InvalidInput(EdgeError):
 
 
 class HttpRefused(EdgeError):
-    """The framework refused with a status that has no row of its own."""
+    """The framework refused with a status that has no row of its own; `status` is the framework's."""
 
     code = "refused"
+
+    def __init__(self, status: int) -> None:
+        super().__init__("The request was refused before any route saw it.")
+        self.status = status

@@ -117,28 +117,23 @@ def row_of(error: BaseException) -> Row:
     return TABLE[core.BrokerError]
 
 
-def problem(error: BaseException, trace_id: str, *, status: int | None = None) -> dict[str, Any]:
-    """Return the problem's JSON members.
+def code_of(error: BaseException) -> str:
+    """Return the last part of the problem's type; ``internal`` for what is not ours."""
+    return error.code if isinstance(error, core.BrokerError) else core.BrokerError.code
 
-    Args:
-        error: what was raised; anything but a `BrokerError` becomes the opaque 500.
-        trace_id: names the request in the log.
-        status: overrides the row's status, for `edge_errors.HttpRefused` only.
 
-    """
-    row = row_of(error)
-    if not isinstance(error, core.BrokerError) or row is TABLE[core.BrokerError]:
-        code, detail = core.BrokerError.code, _INTERNAL_DETAIL
-    else:
-        code, detail = error.code, error.detail
+def problem(error: BaseException, trace_id: str) -> dict[str, Any]:
+    """Return the problem's JSON members; anything but a known `BrokerError` is the opaque 500."""
+    row, code = row_of(error), code_of(error)
     members: dict[str, Any] = {
         "type": TYPE_PREFIX + code,
         "title": row.title,
-        "status": status or row.status,
-        "detail": detail,
+        "status": error.status if isinstance(error, edge.HttpRefused) else row.status,
+        "detail": _INTERNAL_DETAIL,
         "trace_id": trace_id,
     }
-    if isinstance(error, core.BrokerError):
+    if isinstance(error, core.BrokerError) and code != core.BrokerError.code:
+        members["detail"] = error.detail
         members.update(_extensions(error))
     return members
 
@@ -175,9 +170,9 @@ def _headers(error: BaseException, status: int) -> list[tuple[bytes, bytes]]:
     return headers
 
 
-def render(error: BaseException, trace_id: str, *, status: int | None = None) -> Rendered:
+def render(error: BaseException, trace_id: str) -> Rendered:
     """Return status, headers and body of the problem that `error` is."""
-    members = problem(error, trace_id, status=status)
+    members = problem(error, trace_id)
     body = orjson.dumps(members)
     headers = [
         (b"content-type", CONTENT_TYPE),

@@ -15,7 +15,6 @@ WAIT_SECONDS_MAX: Final = 30
 
 _KEY: Final = re.compile(rb"[A-Za-z0-9._:~+/=-]{1,128}")
 _WAIT: Final = re.compile(rb"\s*wait\s*=\s*\"?([0-9]{1,9})\"?\s*", re.IGNORECASE)
-_BEARER: Final = re.compile(rb"bearer +([A-Za-z0-9._~+/=-]+)", re.IGNORECASE)
 
 
 def idempotency_key(scope: Scope) -> str | None:
@@ -50,18 +49,12 @@ def prefer_wait_seconds(scope: Scope) -> int:
     return 0
 
 
-def bearer_token(scope: Scope) -> str | None:
-    """Return the token of ``Authorization: Bearer``, None where there is no such header.
-
-    Another scheme, or a token with characters no token has, gives the empty string: something
-    was presented, and it is not a JWT.
+def authorization(scope: Scope) -> str | None:
+    """Return the Authorization header as sent, None where there is none.
 
     Raises:
-        MalformedHttp: the header came twice.
+        MalformedHttp: it came twice.
 
     """
     raw = header(scope, b"authorization")
-    if raw is None:
-        return None
-    match = _BEARER.fullmatch(raw)
-    return match[1].decode("ascii") if match else ""
+    return None if raw is None else raw.decode("latin-1")
