@@ -15,6 +15,7 @@ everything else is checked here.
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -64,6 +65,7 @@ _UNDERSTOOD: Final = frozenset(
 )
 # What the library evaluates; of other kinds it ignores some and some only when not critical.
 _EVALUATED_CONSTRAINTS: Final = (x509.DNSName, x509.IPAddress, x509.RFC822Name)
+_NAME_CONSTRAINT: Final = re.compile("name ?constraint", re.IGNORECASE)
 _CLIENT_USES: Final = frozenset({ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE})
 
 _UNREADABLE: Final = (
@@ -142,7 +144,8 @@ def _bounded(chain_der: Sequence[bytes]) -> list[bytes]:
 def _parse(der: bytes) -> x509.Certificate:
     try:
         certificate = x509.load_der_x509_certificate(der)
-        # Extensions are parsed lazily; parsed here, nothing below meets a malformed one.
+        # The library parses lazily; read here, nothing below meets a part that is malformed.
+        _ = (certificate.subject, certificate.issuer, certificate.not_valid_after_utc)
         unknown = [
             extension.oid
             for extension in certificate.extensions
@@ -287,7 +290,7 @@ def _verified_path(
     try:
         path = verifier.verify(leaf, intermediates).chain
     except VerificationError as error:
-        rule = "X-11" if "name constraint" in str(error) else "X-2"
+        rule = "X-11" if _NAME_CONSTRAINT.search(str(error)) else "X-2"
         raise Unauthenticated(rule, f"no valid path to {bundle.trust_domain}: {shown(error)}") from error
     except _UNREADABLE as error:
         raise Unauthenticated("X-2", f"the path cannot be read ({type(error).__name__})") from error
