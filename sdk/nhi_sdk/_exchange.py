@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 from nhi_sdk._wire import Answer, problem_of
@@ -85,7 +85,6 @@ class _Budget:
     now: Callable[[], float]
     until: float
     sent: int = 0
-    draw: Callable[[float, float], float] = field(default=random.uniform)
 
     def left_seconds(self) -> float:
         return self.until - self.now()
@@ -95,7 +94,7 @@ class _Budget:
         if self.sent >= self.policy.attempts_max:
             return None
         ceiling = min(self.policy.pause_seconds_max, self.policy.pause_seconds_base * 2.0 ** (self.sent - 1))
-        pause = at_least + self.draw(0.0, ceiling)
+        pause = at_least + random.uniform(0.0, ceiling)  # noqa: S311  jitter, not a secret
         return pause if pause < self.left_seconds() else None
 
 

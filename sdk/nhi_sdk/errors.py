@@ -206,15 +206,10 @@ _BY_CODE: dict[str, type[ProblemError]] = {
 }
 
 _BY_STATUS: dict[int, type[ProblemError]] = {
-    400: InvalidRequest,
     401: Unauthenticated,
     403: Denied,
     404: NotFound,
-    405: InvalidRequest,
     409: Conflict,
-    413: InvalidRequest,
-    415: InvalidRequest,
-    422: InvalidRequest,
     429: RateLimited,
     502: Unavailable,
     503: Unavailable,
@@ -224,5 +219,7 @@ _BY_STATUS: dict[int, type[ProblemError]] = {
 
 def error_of(problem: Problem) -> ProblemError:
     """Return the error a problem stands for: by its code first, else by its status."""
-    kind = _BY_CODE.get(problem.code) or _BY_STATUS.get(problem.status) or ProblemError
+    kind = _BY_CODE.get(problem.code) or _BY_STATUS.get(problem.status)
+    if kind is None:
+        kind = InvalidRequest if 400 <= problem.status < 500 else ProblemError  # noqa: PLR2004  RFC 9110 section 15
     return kind(problem)
