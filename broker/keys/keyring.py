@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import secrets
 from dataclasses import dataclass
@@ -91,13 +90,11 @@ class Keyring:
         """Read the key file's content.
 
         Raises:
-            KeyError, TypeError, ValueError: it is damaged; the message repeats nothing of it.
+            KeyError, TypeError, ValueError: it is damaged. Such an error may carry the content:
+                it must go no further, not even as the context of another.
 
         """
-        document: object = None
-        # orjson's error carries the whole text it failed on: it must not become anyone's context.
-        with contextlib.suppress(orjson.JSONDecodeError):
-            document = orjson.loads(content)
+        document = orjson.loads(content)
         if not isinstance(document, dict) or document.get("format") != _FORMAT:
             raise ValueError("not a key file of this version")
         keyring = cls(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import tracemalloc
 import zlib
 
 import pytest
@@ -94,6 +95,17 @@ def _b64(data: bytes) -> str:
 def test_a_hostile_list_is_refused_without_inflating_it(lst: str) -> None:
     with pytest.raises(StatusListError):
         decode(lst)
+
+
+def test_a_bomb_is_left_packed() -> None:
+    bomb = _b64(zlib.compress(bytes(64 * SIZE), 1))
+    tracemalloc.start()
+    try:
+        with pytest.raises(StatusListError, match="larger"):
+            decode(bomb)
+        assert tracemalloc.get_traced_memory()[1] < 8 * SIZE
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_bound_on_the_inflated_size_is_exact() -> None:

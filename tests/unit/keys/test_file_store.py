@@ -304,6 +304,14 @@ def test_a_key_revoked_by_one_store_signs_and_verifies_nothing_in_another(
         assert kid not in {key.kid for key in other.token_keys()}
 
 
+def test_every_version_of_the_file_is_dated_after_the_one_before(store: FileKeyStore, path: Path) -> None:
+    ahead_ns = 4_000_000_000 * 10**9  # as after the host's clock was set back
+    os.utime(path, ns=(ahead_ns, ahead_ns))
+    store.rotate_sealing_key()
+    store.rotate_sealing_key()
+    assert path.stat().st_mtime_ns >= ahead_ns + 2
+
+
 def test_what_one_store_seals_after_a_rotation_another_unseals(path: Path, clock: ManualClock) -> None:
     one, other = FileKeyStore(path, clock), FileKeyStore(path, clock)
     one.rotate_sealing_key()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from broker.core.clock import ManualClock
 from broker.core.ids import LeaseId, TaskId
 from broker.keys import ALGORITHMS, FileKeyStore, TokenReader
+from broker.keys.token_keys import signer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -148,6 +149,31 @@ def test_the_key_decides_the_algorithm(store: FileKeyStore, reader: TokenReader)
             head = _b64(orjson.dumps(header))
             assert reader.read(f"{head}.{payload}.{signature}", NOW_MS) is None
             assert reader.read(f"{head}.{payload}.", NOW_MS) is None
+
+
+def test_a_header_that_disagrees_with_its_key_is_refused_though_that_key_signed_it(
+    store: FileKeyStore, reader: TokenReader
+) -> None:
+    (key,) = [key for key in store._live.keyring.token if key.algorithm == "ES256"]
+    for algorithm, genuine in (("ES256", True), ("EdDSA", False), ("none", False)):
+        header = orjson.dumps({"alg": algorithm, "kid": key.kid, "typ": "at+jwt"})
+        signed = f"{_b64(header)}.{_b64(orjson.dumps(_claims()))}"
+        token = f"{signed}.{_b64(signer(key.private)(signed.encode()))}"
+        assert (reader.read(token, NOW_MS) is not None) is genuine
+
+
+def test_a_longer_spelling_of_a_genuine_signature_is_refused(
+    store: FileKeyStore, reader: TokenReader
+) -> None:
+    signed, _dot, signature = _sign(store, _claims()).rpartition(".")
+    raw = base64.urlsafe_b64decode(signature + "==")
+    assert reader.read(f"{signed}.{_b64(raw[:32] + raw[32:])}", NOW_MS) is not None
+    assert reader.read(f"{signed}.{_b64(raw[:32] + bytes(1) + raw[32:])}", NOW_MS) is None
+
+
+def test_a_token_too_long_to_be_ours_is_not_looked_into(store: FileKeyStore, reader: TokenReader) -> None:
+    assert reader.read(_sign(store, _claims(scope="s" * 4000)), NOW_MS) is not None
+    assert reader.read(_sign(store, _claims(scope="s" * 8000)), NOW_MS) is None
 
 
 def test_a_public_key_used_as_an_hmac_secret_opens_nothing(store: FileKeyStore, reader: TokenReader) -> None:

@@ -197,6 +197,22 @@ def test_advance_makes_nothing_where_nothing_is_due() -> None:
     assert _phases(due) == [Phase.CURRENT, Phase.NEXT]
 
 
+def test_a_key_that_falls_due_takes_no_other_algorithm_along() -> None:
+    due_ms = POLICY.signing_seconds * 1000
+    waiting = (
+        generate("ES256", Phase.CURRENT, now_ms=0, activates_ms=0, policy=POLICY),
+        generate("ES256", Phase.NEXT, now_ms=0, activates_ms=due_ms + 1, policy=POLICY),
+    )
+    falling_due = (
+        generate("EdDSA", Phase.CURRENT, now_ms=0, activates_ms=0, policy=POLICY),
+        generate("EdDSA", Phase.NEXT, now_ms=0, activates_ms=due_ms, policy=POLICY),
+    )
+    before = {key.kid: key.phase for key in waiting}
+    moved = advance((*waiting, *falling_due), due_ms, POLICY)
+    assert {key.kid: key.phase for key in moved if key.algorithm == "ES256"} == before
+    assert _phases(tuple(key for key in moved if key.algorithm == "EdDSA")) == ["current", "retiring"]
+
+
 @pytest.mark.parametrize(
     "policy",
     [
