@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 import jwt
 import pytest
 
+from adapters.conformance import AdapterConformance, Harness
 from adapters.jwt_issuer import JwtIssuer
-from broker.core.clock import ManualClock
+from broker.core.clock import ManualClock, SystemClock
 from broker.core.ids import InstanceTag, LeaseId, TaskId, backend_name
 from broker.core.ports import Effect, ErrorClass, Liveness, MintRequest, Naming, Presence, Target
 from broker.core.spiffe_id import SpiffeId
@@ -257,3 +258,31 @@ def test_only_https_urls_without_query_and_fragment_issue(keys: FileKeyStore, ur
 async def test_close_may_be_repeated(issuer: Adapter) -> None:
     await issuer.close()
     await issuer.close()
+
+
+class JwtHarness(Harness):
+    """Introspection as far as a token alone can tell: genuine and not expired."""
+
+    def __init__(self, keys: FileKeyStore) -> None:
+        reader = TokenReader(keys, ISSUER)
+
+        async def introspect(token: str) -> bool:
+            return reader.read(token, self.now_ms()) is not None
+
+        self.instance = INSTANCE
+        self.recipe = RECIPE
+        self.bad_recipes = (
+            {},
+            {**RECIPE, "audience": "x"},
+            {**RECIPE, "scope": 1},
+            {**RECIPE, "algorithm": "x"},
+        )
+        self.adapter = JwtIssuer(
+            name="tokens", issuer=ISSUER, keys=keys, status_lists=LISTS, introspect=introspect
+        )
+
+
+class TestJwtIssuer(AdapterConformance):
+    @pytest.fixture
+    def harness(self, tmp_path: Path) -> JwtHarness:
+        return JwtHarness(FileKeyStore(tmp_path / "keys.json", SystemClock()))
