@@ -10,6 +10,7 @@ import sys
 import threading
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jwt
 import pytest
@@ -18,6 +19,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from broker.core.clock import ManualClock
 from broker.keys import FileKeyStore, KeyStoreError, key_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROOT = Path(__file__).parents[3]
 
@@ -128,7 +132,7 @@ def test_a_store_that_may_not_create_refuses_a_missing_file(path: Path, clock: M
     assert not path.exists()
 
 
-DAMAGE = {
+DAMAGE: dict[str, Callable[[str], str]] = {
     "empty": lambda _text: "",
     "cut short": lambda text: text[: len(text) // 2],
     "not an object": lambda text: f"[{text}]",
