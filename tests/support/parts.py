@@ -16,6 +16,7 @@ from broker.dev.orders_db import OrdersDatabase, seed_orders
 from broker.dev.postgres_binaries import PostgresMissing
 from broker.dev.postgres_home import NoServerAccount
 from broker.dev.postgres_server import PostgresServer
+from broker.dev.trust_domain import EmbeddedTrustDomain
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -55,3 +56,10 @@ async def postgres_server() -> AsyncIterator[PostgresServer]:
 async def orders_database(postgres_server: PostgresServer) -> OrdersDatabase:
     """The demo's databases `orders` and `nhi_fence`, groups and rows, on the shared server."""
     return await seed_orders(postgres_server)
+
+
+@pytest_asyncio.fixture
+async def trust_domain(short_dir: Path) -> AsyncIterator[EmbeddedTrustDomain]:
+    """A running embedded trust domain of the test's own, with no identity registered yet."""
+    async with EmbeddedTrustDomain(short_dir / "td") as domain:
+        yield domain
