@@ -15,7 +15,6 @@ import re
 import threading
 import time
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
@@ -376,7 +375,7 @@ class WorkloadApiSource:
                     self._client = spiffe.WorkloadApiClient(self._socket)
                 client = self._client
             yield client
-        except spiffe.PySpiffeError as error:
+        except spiffe.errors.PySpiffeError as error:
             # A failed channel would otherwise hold its reconnect backoff against us.
             self.close()
             message = f"the Workload API at {self._socket} did not give {what}: {error}"
@@ -397,8 +396,3 @@ def _pem(certificate: Any) -> str:  # noqa: ANN401  cryptography comes with the 
 
     pem: bytes = certificate.public_bytes(Encoding.PEM)
     return pem.decode()
-
-
-def moment_of(unix_seconds: float) -> datetime:
-    """Return UNIX seconds as an aware datetime."""
-    return datetime.fromtimestamp(unix_seconds, tz=UTC)

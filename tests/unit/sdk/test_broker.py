@@ -338,13 +338,17 @@ async def test_async_a_task_and_its_credential_are_dead_when_the_block_is_left(
 async def test_async_an_exception_arrives_unchanged_with_notes(
     async_broker: AsyncBroker, server: ContractServer
 ) -> None:
-    with pytest.raises(Boom) as caught:  # noqa: PT012  the block is what is tested
-        async with async_broker.task("t") as task, task.credential("orders-db", "read", **INTENT) as cred:
+    async def work() -> None:
+        async with async_broker.task("t") as task, task.credential("orders-db", "read", **INTENT):
             server.refuse(500, "internal", "no", times=100)
             raise Boom
-    notes = "\n".join(caught.value.__notes__)
-    assert cred.lease_id in notes
-    assert task.task_id in notes
+
+    with pytest.raises(Boom) as caught:
+        await work()
+    assert [note.partition(" could")[0] for note in caught.value.__notes__] == [
+        f"nhi_sdk: {next(iter(server.leases))}",
+        f"nhi_sdk: task {next(iter(server.tasks))}",
+    ]
 
 
 async def test_async_cancellation_in_the_block_kills_the_credential(
@@ -433,15 +437,16 @@ async def test_async_cancellation_while_the_task_is_being_opened_ends_it(
     assert server.open_tasks() == []
 
 
-async def test_async_the_clean_up_after_a_cancellation_is_bounded(
-    server: ContractServer, options: dict[str, Any]
-) -> None:
+async def test_async_the_clean_up_is_bounded(server: ContractServer, options: dict[str, Any]) -> None:
+    async def work(client: AsyncBroker) -> None:
+        async with client.task("t"):
+            raise Boom
+
     async with AsyncBroker(server.url, **options, cleanup_seconds=0.05) as client:
         server.fault(Kind.HOLD, route="/end", times=10)
         with pytest.raises(Boom) as caught:
-            async with client.task("t"):
-                raise Boom
-        assert "could not be ended" in caught.value.__notes__[0]
+            await work(client)
+    assert "could not be ended" in caught.value.__notes__[0]
 
 
 async def test_async_tool_function_gets_its_credential_and_loses_it(
