@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 TEXT_BYTES_MAX: Final = 16 * 1024
 """Longest single text, in bytes of UTF-8."""
 
+SALT_BYTES: Final = 32
 _SECRET_BYTES: Final = 32
 _NONCE_BYTES: Final = 12
 _CONTEXT: Final = b"nhi-broker/audit-text/v1\x00"
