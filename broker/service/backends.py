@@ -65,14 +65,19 @@ class Backend:
     """One configured adapter with its breaker and caps."""
 
     def __init__(
-        self, adapter: Adapter, recipes: Sequence[Mapping[str, object]], clock: Clock, limits: Limits
+        self,
+        adapter: Adapter,
+        kind: str,
+        recipes: Sequence[Mapping[str, object]],
+        clock: Clock,
+        limits: Limits,
     ) -> None:
         self.adapter = adapter
+        self.kind = kind
         self.name = adapter.name
         self.capabilities = adapter.capabilities
         self.recipes = recipes
         self.breaker = Breaker(clock)
-        self.end_slots = asyncio.Semaphore(limits.end_concurrency)
         self._mint_slots = asyncio.Semaphore(limits.mint_concurrency)
         self._mint_wait_seconds = limits.mint_deadline_seconds
 

@@ -16,6 +16,7 @@ import structlog
 
 from broker.core.clock import MS_PER_SECOND
 from broker.core.errors import BrokerError
+from broker.core.ids import lease_of_backend_name
 from broker.core.lease import ENDING, Cause, Lease, LeaseState
 from broker.core.ports import Presence, Target
 from broker.core.secret import Secret
@@ -234,8 +235,10 @@ class Sweeper:
         kept = None
         if lease.sealed is not None:
             kept = Secret(self._ctx.keys.unseal(lease.sealed, lease.id.encode()))
+        # An orphan of an ended lease has an id of its own; the backend knows the one in the name.
+        named_after = lease_of_backend_name(self._ctx.store.instance, lease.backend_name)
         return Target(
-            lease_id=lease.id,
+            lease_id=named_after or lease.id,
             backend_name=lease.backend_name,
             recipe=recipe if granted is None else granted.recipe,
             handle=lease.handle,
