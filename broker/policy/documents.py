@@ -80,18 +80,8 @@ def read_document(path: Path, problems: list[str]) -> Document | None:
     if len(raw) > BYTES_MAX:
         problems.append(f"{path.name}: larger than {BYTES_MAX} bytes")
         return None
-    loader = yaml.SafeLoader(raw)
     try:
-        root = loader.get_single_node()
-        if root is None:
-            problems.append(f"{path.name}: is empty")
-            return None
-        walk = _Walk(path.name)
-        walk.visit(root, ())
-        if walk.problems:
-            problems.extend(walk.problems)
-            return None
-        return Document(path, loader.construct_document(root), walk.lines)
+        return _parse(path, raw, problems)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         problems.append(f"{path.name}:{line}: {error.problem or 'is not YAML'}")
@@ -100,9 +90,19 @@ def read_document(path: Path, problems: list[str]) -> Document | None:
         problems.append(f"{path.name}: is not readable as YAML in UTF-8")
     except RecursionError:
         problems.append(f"{path.name}: is nested too deeply")
-    finally:
-        loader.dispose()
     return None
+
+
+def _parse(path: Path, raw: bytes, problems: list[str]) -> Document | None:
+    loader = yaml.SafeLoader(raw)
+    root = loader.get_single_node()
+    if root is None:
+        problems.append(f"{path.name}: is empty")
+        return None
+    walk = _Walk(path.name)
+    walk.visit(root, ())
+    problems.extend(walk.problems)
+    return None if walk.problems else Document(path, loader.construct_document(root), walk.lines)
 
 
 class _Walk:
