@@ -260,6 +260,7 @@ class FileBundleSource:
         except OSError as error:
             self._report(str(self._directory), f"the directory cannot be listed: {error.strerror}")
             return {name: _Reading(seen, None) for name, seen in self._seen.items()}
+        self._problems.pop(str(self._directory), None)
         readings: dict[str, _Reading] = {}
         for name, path in paths.items():
             try:
