@@ -19,6 +19,7 @@ from tests.support.audit_log import RECORDS_PER_SLOT, SLOTS, START_MS, Log, Memo
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+from types import SimpleNamespace
 
 LAST = RECORDS_PER_SLOT
 Finding = tuple[FindingKind, int | None, int | None]
@@ -471,6 +472,18 @@ def test_a_crash_before_the_next_head_is_no_finding_however_long_the_idle_time_b
     log.append(0, record(1))
     log.copy_head(0, START_MS + 1000)
     log.append(0, record(2, at_ms=START_MS + 3_600_000))
+    assert log.verify().intact
+
+
+def test_time_spent_checking_heads_is_not_held_against_the_copy(
+    make_log: Callable[..., Log], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = make_log()
+    for number in range(1, 11):
+        log.append(0, record(number, at_ms=START_MS + number * 30_000))
+    readings = iter([0.0, 300.0])
+    stopwatch = SimpleNamespace(monotonic=lambda: next(readings))
+    monkeypatch.setattr("inventory.audit.verify.time", stopwatch)
     assert log.verify().intact
 
 
