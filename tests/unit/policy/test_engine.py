@@ -410,6 +410,16 @@ def test_who_gets_nothing_sees_nothing(engine: PolicyEngine, ask: Any, changes: 
     assert _visible(engine, ask, **changes) == []
 
 
+def test_visible_follows_the_time_of_day(folder: Path, ask: Any) -> None:
+    office = _engine(
+        folder,
+        f'@id("office") @reason("After nine.") forbid {CREDENTIALS} when {{ context.facts.hour_utc < 9 }};',
+    )
+    nine_ms = 9 * 3_600_000
+    assert office.visible(ask.identity, nine_ms - 1) == []
+    assert office.visible(ask.identity, nine_ms) != []
+
+
 def test_visible_is_bounded(folder: Path, ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reach, "VISIBLE_EVALUATIONS_MAX", 1)
     assert _visible(_engine(folder), ask) == ["orders-db:read"]
