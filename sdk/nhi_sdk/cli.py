@@ -1,9 +1,0 @@
-from __future__ import annotations
-
-import typer
-
-app = typer.Typer()
-
-
-def main() -> None:
-    app()
