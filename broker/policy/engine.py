@@ -77,7 +77,7 @@ class PolicyEngine:
         guards: frozenset[str] = GUARDS,
     ) -> None:
         self._read = read
-        self._revocability = dict(revocability or {})
+        self._revocability = {name: str(effect) for name, effect in (revocability or {}).items()}
         self._guards = guards
         self._current = self._build(catalog)
 
