@@ -81,6 +81,9 @@ _NOTHING_MINTED: Final = frozenset(
 )
 """SQLSTATEs that only ever come back before a role was created, or with it rolled back."""
 
+_CONNECTION_TROUBLE: Final = (asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
+"""What asyncpg raises where no server answered; TimeoutError is an OSError."""
+
 _LOGIN_REFUSED: Final = frozenset({"28P01", "28000"})
 _OBJECTS_OWNED: Final = "2BP01"
 
@@ -248,7 +251,7 @@ class PostgresAdapter:
         try:
             async with asyncio.timeout(self._config.call_seconds), self._connection() as connection:
                 await check_installation(connection, parsed, findings)
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        except (asyncpg.PostgresError, *_CONNECTION_TROUBLE) as error:
             findings.unreachable(error)
             return findings.checks
         for database in sorted({recipe.database for recipe in parsed})[:_DATABASES_MAX]:
@@ -274,7 +277,7 @@ class PostgresAdapter:
                     connection.terminate()
         except asyncpg.PostgresError as error:
             return Liveness.DEAD if error.sqlstate in _LOGIN_REFUSED else Liveness.UNKNOWN
-        except (asyncpg.InterfaceError, OSError):
+        except _CONNECTION_TROUBLE:
             return Liveness.UNKNOWN
         return Liveness.ALIVE
 
@@ -344,7 +347,7 @@ class PostgresAdapter:
                     )
                 finally:
                     connection.terminate()
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+        except (asyncpg.PostgresError, *_CONNECTION_TROUBLE):
             return False
         return allowed is True
 

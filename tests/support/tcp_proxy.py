@@ -87,7 +87,7 @@ class TcpProxy:
         finally:
             for side in (writer, upstream):
                 if side is not None:
-                    side.transport.abort()
+                    side.close()
                     self._writers.discard(side)
             self._tasks.discard(task)
 
