@@ -154,6 +154,10 @@ def _parse(der: bytes) -> x509.Certificate:
         public_key = certificate.public_key()
     except _UNREADABLE as error:
         raise Unauthenticated("X-2", f"a certificate cannot be read ({type(error).__name__})") from error
+    # The only octet that no signature covers: how many bits the last one leaves unused. With another
+    # value the library reads the same certificate, and one SVID would have two digests in the audit.
+    if der[-len(certificate.signature) - 1] != 0:
+        raise Unauthenticated("X-2", "a certificate's signature is not a whole number of octets")
     if unknown:
         raise Unauthenticated("X-11", f"unknown critical extension {unknown[0].dotted_string}")
     _check_key(public_key)

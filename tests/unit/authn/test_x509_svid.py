@@ -479,6 +479,14 @@ def test_x_2_any_byte_changed_is_refused(root: Authority) -> None:
             assert refused.explanation.isprintable()
 
 
+def test_x_2_a_signature_that_leaves_bits_unused_is_no_second_spelling(root: Authority) -> None:
+    leaf = next(leaf for leaf in iter(root.leaf, None) if leaf.certificate.signature[-1] % 2 == 0)
+    twin = bytearray(leaf.chain[0])
+    twin[-len(leaf.certificate.signature) - 1] = 1
+    assert x509.load_der_x509_certificate(bytes(twin)).signature == leaf.certificate.signature
+    assert refusal([bytes(twin)], trusting(root)).rule == "X-2"
+
+
 @pytest.mark.parametrize("cut", [0, 1, 10, 200])
 def test_x_2_a_truncated_certificate(root: Authority, cut: int) -> None:
     assert refusal([root.leaf().chain[0][:cut]], trusting(root)).rule == "X-2"
