@@ -1,9 +1,10 @@
 """Where a development PostgreSQL keeps its files, and the account it runs as.
 
 PostgreSQL refuses to run as root. Started by root, the server runs as an existing
-unprivileged account, which must be able to reach its data: below ``/root`` or any other
-private directory it cannot. Then the files go to a private directory in ``/var/tmp`` and
-the state directory holds a link to it.
+unprivileged account, which must be able to reach its data: an empty state directory is
+opened for passing through (0711), but below ``/root`` or any other private directory that
+does not help. Then the files go to a private directory in ``/var/tmp`` and the state
+directory holds a link to it.
 """
 
 from __future__ import annotations
@@ -136,6 +137,8 @@ def open_home(state_dir: Path, account: ServerAccount) -> ServerHome:
     if files.is_symlink() and not files.exists():
         files.unlink()  # /var/tmp was cleaned: begin anew
     if not files.exists():
+        if not account.may_traverse(state_dir) and not any(state_dir.iterdir()):
+            state_dir.chmod(0o711)  # it holds nothing yet, and what we put there is private itself
         if account.may_traverse(state_dir):
             files.mkdir(mode=0o700)
         else:

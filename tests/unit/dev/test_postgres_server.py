@@ -312,6 +312,25 @@ def test_a_state_directory_the_account_cannot_reach_gets_its_files_elsewhere(tmp
     assert list((tmp_path / "state").iterdir()) == []
 
 
+def test_a_fresh_state_directory_lets_the_account_pass_through_to_private_files(reachable_dir: Path) -> None:
+    other = ServerAccount(uid=os.getuid() + 4242, gid=os.getgid() + 4242, switch=False)
+    home = open_home(reachable_dir / "state", other)
+    assert home.path == reachable_dir / "state" / "files"
+    assert stat.S_IMODE((reachable_dir / "state").stat().st_mode) == 0o711
+    assert stat.S_IMODE(home.path.stat().st_mode) == 0o700
+
+
+def test_a_state_directory_that_holds_something_is_left_as_it_is(reachable_dir: Path) -> None:
+    used = reachable_dir / "used"
+    used.mkdir(mode=0o700)
+    (used / "something").touch()
+    other = ServerAccount(uid=os.getuid() + 4242, gid=os.getgid() + 4242, switch=False)
+    home = open_home(used, other)
+    assert stat.S_IMODE(used.stat().st_mode) == 0o700
+    assert not home.path.is_relative_to(used)
+    remove_home(used)
+
+
 def test_a_free_port_is_free() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", module._free_port()))

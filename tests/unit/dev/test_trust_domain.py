@@ -471,6 +471,20 @@ async def test_a_source_survives_a_restart(short_dir: Path) -> None:
             assert not source.is_closed()
 
 
+async def test_a_stream_ends_with_unavailable_which_clients_retry(short_dir: Path) -> None:
+    domain = await EmbeddedTrustDomain(short_dir).start()
+    with grpc.insecure_channel(f"unix:{domain.register(AGENT)}") as channel:
+        stream = workload_pb2_grpc.SpiffeWorkloadAPIStub(channel).FetchX509SVID(
+            workload_pb2.X509SVIDRequest(), metadata=(("workload.spiffe.io", "true"),), timeout=WAIT_SECONDS
+        )
+        await asyncio.to_thread(next, stream)
+        await domain.close()
+        with pytest.raises(grpc.RpcError) as ended:
+            await asyncio.to_thread(next, stream)
+    assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert "is closing" in ended.value.details()
+
+
 async def test_two_processes_never_serve_one_directory(short_dir: Path) -> None:
     async with EmbeddedTrustDomain(short_dir) as first:
         socket = first.register(AGENT)
