@@ -47,10 +47,9 @@ TLS_REASONS: Final = frozenset(
         "sslv3_alert_certificate_expired",
         "timeout",
         "closed",
-        "evicted",
     }
 )
-"""OpenSSL's reasons in lower case, and three of ours."""
+"""OpenSSL's reasons in lower case, and two of ours."""
 
 
 class EdgeTelemetry(Protocol):

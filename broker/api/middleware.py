@@ -250,7 +250,7 @@ class RequestBoundary:
         status = CLIENT_GONE_STATUS if answer.status is None else answer.status
         code = state.get("problem")
         self._telemetry.answered(self._listener, status, seconds)
-        if code is not None:
+        if code is not None and code != ClientGone.code:  # who left was not refused
             self._telemetry.refused(code)
         if self._access_log is not None:
             method = scope["method"]
