@@ -200,7 +200,7 @@ def _end(task: OpenTask, job: _Job, signals: child.Signals) -> bool:
     except NhiError as error:
         explain(error)
         say(
-            f"the broker could not be told; what was issued ends by {cell(task.view.deadline_at)} at the latest"
+            f"the broker could not be told: what was issued lives until {cell(task.view.deadline_at)} at most"
         )
         say(f"to end it now: nhi task end {task.task_id}")
         return False

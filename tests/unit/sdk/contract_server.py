@@ -83,6 +83,7 @@ class ContractServer:
         self.settle = True
         self.evidence: dict[str, Any] = {"rolname_rows": 0, "sessions": 0}
         self.postgres: dict[str, Any] = {"host": "db.example.test", "port": 5432, "database": "orders"}
+        self.login: dict[str, Any] | None = None
         self.catalog: list[dict[str, Any]] = [catalog_item("orders-db", "read")]
         self.connections = 0
         self.on_request: Callable[[Seen], None] = lambda _seen: None
@@ -335,6 +336,8 @@ class ContractServer:
         password = secrets.token_urlsafe(18) + "'\\ x"  # a quote, a backslash and a space: libpq quoting
         self.passwords.append(password)
         if resource.endswith("-db"):
+            if self.login is not None:
+                return {"kind": "postgresql_login", **self.login}
             login = {"username": f"nhi_{lease_id[4:]}", "password": password, "sslmode": "prefer"}
             return {"kind": "postgresql_login", **self.postgres, **login}
         if resource.endswith("-cloud"):
