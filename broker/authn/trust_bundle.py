@@ -105,7 +105,7 @@ def is_authority(certificate: x509.Certificate) -> bool:
         extensions = certificate.extensions
         constraints = extensions.get_extension_for_class(x509.BasicConstraints).value
         usage = extensions.get_extension_for_class(x509.KeyUsage).value
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType, ValueError):
+    except Exception:  # noqa: BLE001  whatever is wrong with it, what cannot be read signs nothing
         return False
     return constraints.ca and usage.key_cert_sign
 

@@ -21,7 +21,6 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 from cryptography.x509.verification import (
@@ -68,13 +67,6 @@ _EVALUATED_CONSTRAINTS: Final = (x509.DNSName, x509.IPAddress, x509.RFC822Name)
 _NAME_CONSTRAINT: Final = re.compile("name ?constraint", re.IGNORECASE)
 _CLIENT_USES: Final = frozenset({ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE})
 
-_UNREADABLE: Final = (
-    ValueError,
-    UnsupportedAlgorithm,
-    x509.DuplicateExtension,
-    x509.InvalidVersion,
-    x509.UnsupportedGeneralNameType,
-)
 _E = TypeVar("_E", bound=x509.ExtensionType)
 
 
@@ -152,7 +144,7 @@ def _parse(der: bytes) -> x509.Certificate:
             if extension.critical and extension.oid not in _UNDERSTOOD
         ]
         public_key = certificate.public_key()
-    except _UNREADABLE as error:
+    except Exception as error:  # which ones the library raises over foreign bytes is written nowhere
         raise Unauthenticated("X-2", f"a certificate cannot be read ({type(error).__name__})") from error
     # The only octet that no signature covers: how many bits the last one leaves unused. With another
     # value the library reads the same certificate, and one SVID would have two digests in the audit.
@@ -296,7 +288,7 @@ def _verified_path(
     except VerificationError as error:
         rule = "X-11" if _NAME_CONSTRAINT.search(str(error)) else "X-2"
         raise Unauthenticated(rule, f"no valid path to {bundle.trust_domain}: {shown(error)}") from error
-    except _UNREADABLE as error:
+    except Exception as error:  # as in _parse
         raise Unauthenticated("X-2", f"the path cannot be read ({type(error).__name__})") from error
     if len(path) < 2:  # noqa: PLR2004  a leaf and the authority that signed it
         raise Unauthenticated("X-8", "the leaf lies in the trust store itself")

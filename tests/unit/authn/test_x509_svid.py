@@ -496,6 +496,15 @@ def test_x_2_bytes_after_the_certificate(root: Authority) -> None:
     assert refusal([root.leaf().chain[0] + b"\x00"], trusting(root)).rule == "X-2"
 
 
+def test_x_2_a_name_the_library_chokes_on(root: Authority) -> None:
+    certificate = root.leaf(subject=name("workload")).chain[0]
+    tag = certificate.rindex(b"\x0c\x08workload")
+    as_bit_string = certificate[:tag] + b"\x03\x08\x00orkload" + certificate[tag + 10 :]
+    with pytest.raises(TypeError):
+        _ = x509.load_der_x509_certificate(as_bit_string).subject
+    assert refusal([as_bit_string], trusting(root)).rule == "X-2"
+
+
 def test_a_refusal_shows_foreign_text_escaped_and_cut(root: Authority) -> None:
     refused = refusal(root.leaf(uris=["spiffe://td/\x1b[2J" + "a" * 500]).chain, trusting(root))
     assert "\x1b" not in refused.explanation
