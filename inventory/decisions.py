@@ -38,7 +38,8 @@ _RECALL: Final = "SELECT resource, action FROM history WHERE scope = ? AND last_
 class DecisionRecord:
     """One decision as it is kept: replayable against another policy set.
 
-    `policy_ids` are all determining policies, those included that the caller is not told of.
+    `policy_ids` are all determining policies, those included that the caller is not told of;
+    `failed_policy_ids` those that could not be evaluated, which makes any decision a Deny.
     """
 
     id: DecisionId
@@ -48,6 +49,7 @@ class DecisionRecord:
     question: str
     decision: Decision
     policy_ids: tuple[str, ...]
+    failed_policy_ids: tuple[str, ...]
     input: Mapping[str, JsonValue]
 
 
@@ -94,6 +96,7 @@ def record(tx: Transaction, made: DecisionRecord, *, text: Mapping[str, str] | N
                 "question": made.question,
                 "outcome": outcome,
                 "policy_ids": made.policy_ids,
+                "failed_policy_ids": made.failed_policy_ids,
                 "policy_hash": basis.policy_hash,
             },
             text=text or {},

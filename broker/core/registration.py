@@ -11,7 +11,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Registration:
-    """One registered identity; empty strings stand for what the file does not say."""
+    """What an operator says of one identity; empty strings stand for what the file does not say.
+
+    Attributes:
+        owner: the accountable person or team, in printable ASCII without spaces.
+        kind: ``agent``, ``service``, ``tool``, or any other word; policy may use it.
+
+    """
 
     spiffe_id: SpiffeId
     kind: str = "workload"

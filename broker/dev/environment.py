@@ -184,11 +184,7 @@ class DevEnvironment:
                     "spiffe_id": BROKER_ID,
                     "audience": BROKER_ID,
                 },
-                "workload": {
-                    "port": self._workload_port,
-                    "issuer": "https://localhost"
-                    + (f":{self._workload_port}" if self._workload_port else ""),
-                },
+                "workload": {"port": port, "issuer": f"https://localhost:{port}"},
                 "operator": {"socket": sockets / "operator.sock"},
                 "ops": {"port": self._ops_port},
                 "backends": [target, {"kind": "jwt_issuer", "name": "tokens"}],

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Final, Literal, Self
 
 from pydantic import Field, StringConstraints
 
+from broker.core.registration import Registration
 from broker.core.spiffe_id import SpiffeId, SpiffeIdError
 from broker.policy.documents import Document, Place, Strict, Word, read_document
 from broker.policy.errors import PolicyError
@@ -22,26 +22,6 @@ REGISTRATIONS_MAX: Final = 10_000
 
 Criticality = Literal["low", "medium", "high", "critical"]
 _Owner = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,254}$")]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Registration:
-    """What the operator says of one identity.
-
-    Attributes:
-        owner: the accountable person or team, in printable ASCII without spaces.
-        kind: ``agent``, ``service``, ``tool``, … any word; policy may use it.
-
-    """
-
-    spiffe_id: SpiffeId
-    owner: str
-    team: str
-    environment: str
-    kind: str
-    backup_owner: str = ""
-    purpose: str = ""
-    criticality: str = ""
 
 
 class Registrations:

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 from broker.service.watch import LeaseWatch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from broker.core.clock import Clock
     from broker.core.ports import KeyStore
-    from broker.core.registration import Registration
     from broker.core.telemetry import Telemetry
     from broker.policy.catalog import Catalog
     from broker.policy.engine import PolicyEngine
+    from broker.policy.registrations import Registrations
     from broker.service.backends import Backends
     from broker.service.limits import Limits
     from inventory.store.store import Store
@@ -40,6 +38,6 @@ class Context:
     backends: Backends
     telemetry: Telemetry
     limits: Limits
-    registrations: Mapping[str, Registration]
+    registrations: Registrations
     watch: LeaseWatch = field(default_factory=LeaseWatch)
     sweep_due: asyncio.Event = field(default_factory=asyncio.Event)

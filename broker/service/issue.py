@@ -508,6 +508,7 @@ def _decision_record(
         question="credential",
         decision=judgement.decision,
         policy_ids=judgement.policy_ids,
+        failed_policy_ids=judgement.failed_ids,
         input=judgement.input,
     )
 

@@ -143,6 +143,7 @@ class Tasks:
             question="task",
             decision=decision,
             policy_ids=judgement.policy_ids,
+            failed_policy_ids=judgement.failed_ids,
             input=judgement.input,
         )
         if not isinstance(decision, Allow):

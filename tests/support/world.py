@@ -116,7 +116,9 @@ class World:
             store=store,
             clock=clock,
             keys=keys,
-            policy=PolicyEngine.load(policies, catalog),
+            policy=PolicyEngine.load(
+                policies, catalog, revocability={backend.name: "immediate" for backend in backends}
+            ),
             catalog=catalog,
             backends=Backends(backends),
             telemetry=SilentTelemetry(),
