@@ -290,8 +290,6 @@ def _verified_path(
         raise Unauthenticated(rule, f"no valid path to {bundle.trust_domain}: {shown(error)}") from error
     except Exception as error:  # as in _parse
         raise Unauthenticated("X-2", f"the path cannot be read ({type(error).__name__})") from error
-    if len(path) < 2:  # noqa: PLR2004  a leaf and the authority that signed it
-        raise Unauthenticated("X-8", "the leaf lies in the trust store itself")
     for certificate in path[1:]:
         _check_key(certificate.public_key())
         _check_name_constraints(certificate)
