@@ -89,7 +89,7 @@ _OBJECTS_OWNED: Final = "2BP01"
 
 
 class RevocationBlockedError(Exception):
-    """The login is disarmed and cut off, but its role could not be dropped.
+    """The login lost its sessions and groups, but its role could not be dropped.
 
     Attributes:
         sqlstate: what PostgreSQL said.
@@ -98,10 +98,14 @@ class RevocationBlockedError(Exception):
     """
 
     def __init__(self, role: str, sqlstate: str, databases: Sequence[str]) -> None:
-        where = f" It owns objects in: {', '.join(databases)}." if databases else ""
+        if databases:
+            where = f" It owns objects in: {', '.join(databases)}."
+            mend = "Run the script of `nhi adapter postgres install` in each of those databases."
+        else:
+            where = ""
+            mend = "Look in pg_locks and pg_prepared_xacts for who holds a lock on it."
         super().__init__(
-            f"role {role} cannot log in any more, but could not be dropped ({sqlstate}).{where} "
-            "Run the script of `nhi adapter postgres install` in each of those databases."
+            f"role {role} lost its sessions and groups, but could not be dropped ({sqlstate}).{where} {mend}"
         )
         self.sqlstate = sqlstate
         self.databases = tuple(databases)

@@ -146,13 +146,13 @@ END
 $nhi$;
 
 -- What keeps a role from being dropped is not always in reach (another database, a lock): then it
--- at least loses login, password and groups, in the transaction that fences it. Not callable by
--- the broker.
+-- at least loses its groups, and login and password where no lock keeps us from that too, in the
+-- transaction that fences it. Not callable by the broker.
 CREATE OR REPLACE FUNCTION nhi.drop_or_disarm(p_role text) RETURNS text
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $nhi$
 DECLARE
   v_state text;
-  v_group name;
+  v_group text;
 BEGIN
   BEGIN
     EXECUTE format('DROP ROLE %I', p_role);
@@ -160,11 +160,15 @@ BEGIN
   EXCEPTION WHEN OTHERS THEN
     v_state := SQLSTATE;
   END;
+  FOR v_group IN SELECT m.roleid::regrole::text FROM pg_auth_members m WHERE m.member = p_role::regrole LOOP
+    BEGIN
+      EXECUTE format('REVOKE %s FROM %I', v_group, p_role);
+    EXCEPTION WHEN OTHERS THEN
+      v_state := SQLSTATE;
+    END;
+  END LOOP;
   BEGIN
     EXECUTE format('ALTER ROLE %I NOLOGIN PASSWORD NULL CONNECTION LIMIT 0 VALID UNTIL ''-infinity''', p_role);
-    FOR v_group IN SELECT m.roleid::regrole::text FROM pg_auth_members m WHERE m.member = p_role::regrole LOOP
-      EXECUTE format('REVOKE %s FROM %I', v_group, p_role);
-    END LOOP;
   EXCEPTION WHEN OTHERS THEN
     v_state := SQLSTATE;
   END;

@@ -85,7 +85,7 @@ class PostgresHarness(ExternalHarness):
             "broker_password": self.password,
             "connect_timeout_seconds": 1,
             "statement_timeout_seconds": 2,
-            "lock_timeout_seconds": 1,
+            "lock_timeout_seconds": 0.5,
         }
         return PostgresConfig.model_validate({**settings, **changes})
 

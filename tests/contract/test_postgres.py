@@ -111,6 +111,7 @@ async def test_a_mint_stuck_in_the_server_is_ended_by_its_revocation(harness: Po
         await harness.adapter.revoke(target_of(request))
         error = await minting
         await blocker.rollback()
+    assert isinstance(error, asyncpg.AdminShutdownError | asyncpg.PostgresConnectionError)
     assert harness.adapter.classify(error) is ErrorClass.RETRY
     await assert_dead(harness, request, None)
 
@@ -255,6 +256,28 @@ async def test_a_session_that_locks_its_own_role_does_not_hold_up_its_end(harnes
     await session.connection.execute("BEGIN; ALTER ROLE CURRENT_USER SET search_path = public")
     await harness.adapter.revoke(target_of(request))
     assert not await session.is_alive()
+    await assert_dead(harness, request, None)
+
+
+async def test_a_role_locked_by_someone_else_loses_its_groups_and_sessions_at_least(
+    harness: PostgresHarness,
+) -> None:
+    request = harness.request()
+    session = await harness.open_session((await mint(harness.adapter, request)).credential)
+    async with admin_of(harness) as admin:
+        lock = admin.transaction()
+        await lock.start()
+        await admin.execute(f'ALTER ROLE "{request.backend_name}" CONNECTION LIMIT 1')
+        error = await error_of(harness.adapter.revoke(target_of(request)))
+        assert isinstance(error, RevocationBlockedError)
+        assert error.sqlstate == "55P03"
+        assert not await session.is_alive()
+        assert await admin.fetchval(
+            "SELECT count(*) = 0 FROM pg_auth_members WHERE member = $1::regrole", request.backend_name
+        )
+        assert (await harness.adapter.verify(target_of(request))).presence is Presence.PRESENT
+        await lock.rollback()
+    await harness.adapter.revoke(target_of(request))
     await assert_dead(harness, request, None)
 
 
@@ -627,10 +650,10 @@ def test_what_may_be_in_flight_is_computed_from_the_timeouts(settings: dict[str,
             **settings,
             "connect_timeout_seconds": 3,
             "statement_timeout_seconds": 7,
-            "lock_timeout_seconds": 2.5,
+            "lock_timeout_seconds": 1.5,
         }
     )
-    assert PostgresAdapter(config).capabilities.t_inflight_seconds == 13 + 5
+    assert PostgresAdapter(config).capabilities.t_inflight_seconds == 12 + 5
 
 
 def test_the_settings_never_show_the_password(harness_config: PostgresConfig) -> None:
@@ -649,7 +672,7 @@ def test_the_settings_never_show_the_password(harness_config: PostgresConfig) ->
         {"sslmode": "prefer"},
         {"port": 0},
         {"pool_size": 1},
-        {"lock_timeout_seconds": 11},
+        {"lock_timeout_seconds": 2.6},
         {"hots": "typo"},
     ],
 )
