@@ -235,6 +235,12 @@ def rewrite_all(log: Log) -> set[Finding]:
     return {(FindingKind.REWRITTEN, 0, 5)}
 
 
+def begin_from_a_chain_of_its_own(log: Log) -> set[Finding]:
+    body = log.row(0, 1).body.replace(GENESIS.hex().encode(), b"07" * 32)
+    set_body(log, 0, 1, body, rehash=True)
+    return {(FindingKind.BROKEN_LINK, 0, 1), (FindingKind.BROKEN_LINK, 0, 2)}
+
+
 def spell_otherwise(log: Log) -> set[Finding]:
     body = log.row(0, LAST).body
     set_body(log, 0, LAST, body.replace(b'"v":1', b'"v": 1'), rehash=True)
@@ -345,6 +351,7 @@ ROW_MUTATIONS = [
     cut_a_whole_slot,
     rewrite_from_the_middle,
     rewrite_all,
+    begin_from_a_chain_of_its_own,
     spell_otherwise,
     duplicate_key,
     drop_a_member,
@@ -368,6 +375,23 @@ def test_tampering_with_rows_is_detected_and_named(log: Log, tamper: Callable[[L
     assert expected <= found
     unexpected = {finding[0] for finding in found - expected}
     assert unexpected <= {FindingKind.BROKEN_LINK, FindingKind.REWRITTEN}, "a second name for the same deed"
+
+
+def test_one_rewrite_is_told_once_however_many_heads_it_contradicts(log: Log) -> None:
+    rewrite_all(log)
+    assert [finding.kind for finding in log.verify().findings] == [FindingKind.REWRITTEN]
+
+
+def test_an_edited_record_and_those_only_it_ties_to_a_head_are_not_anchored(log: Log) -> None:
+    edit_fact(log)  # record 7: heads confirm 5 and 10, so 6 hangs on the edited record
+    assert log.verify().records_anchored == 2 * LAST - 2
+
+
+def test_any_number_of_gaps_is_counted(log: Log) -> None:
+    entries = [LogEntry(0, seq, b"{}", record_hash(b"{}")) for seq in range(2, 6000, 2)]
+    report = verify_entries(lambda: entries, log.public, [])
+    malformed = len(entries)
+    assert len(report.findings) + report.findings_omitted == malformed + len(entries)
 
 
 # --- heads
