@@ -6,6 +6,7 @@ and a broker on SQLite. Agents, SDK and CLI take the same code paths here as wit
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -38,8 +39,8 @@ TARGET: Final = "orders-postgres"
 _PASSWORD_BYTES: Final = 24
 
 
-class DevEnvironment:
-    """A broker with real parts around it, on loopback.
+class DevParts:
+    """The real parts around a broker, on loopback, and the settings of a broker among them.
 
     Args:
         state_directory: where everything lives and survives a restart; None takes a temporary
@@ -56,27 +57,23 @@ class DevEnvironment:
         workload_port: int = 0,
         ops_port: int = 0,
         durable: bool = False,
-        access_log: AccessLog | None = None,
     ) -> None:
         self._given = state_directory
         self._workload_port = workload_port
         self._ops_port = ops_port
         self._durable = durable
-        self._access_log = access_log
         self._stack = AsyncExitStack()
         self.directory = Path()
         self.trust_domain: EmbeddedTrustDomain
         self.postgres: PostgresServer
         self.settings: Settings
-        self.broker: BrokerProcess
 
     # --- what an agent needs ---------------------------------------------------------------------
 
     @property
     def broker_url(self) -> str:
         """Where agents reach the broker."""
-        assert self.broker.workload is not None  # noqa: S101  started
-        return f"https://localhost:{self.broker.workload.port}"
+        return self.settings.workload.issuer
 
     @property
     def operator_socket(self) -> Path:
@@ -111,9 +108,6 @@ class DevEnvironment:
         await self._start_trust_domain()
         await self._start_postgres()
         self.settings = await self._prepare_settings()
-        self.broker = BrokerProcess(self.settings, access_log=self._access_log)
-        await self.broker.start()
-        self._stack.push_async_callback(self.broker.stop)
 
     def _state_directory(self) -> Path:
         if self._given is not None:
@@ -186,10 +180,44 @@ class DevEnvironment:
                 },
                 "workload": {"port": port, "issuer": f"https://localhost:{port}"},
                 "operator": {"socket": sockets / "operator.sock"},
-                "ops": {"port": self._ops_port},
+                "ops": {"port": self._ops_port or _free_port()},
                 "backends": [target, {"kind": "jwt_issuer", "name": "tokens"}],
             }
         )
+
+
+class DevEnvironment(DevParts):
+    """The parts with a broker running among them, in this process."""
+
+    def __init__(self, *arguments: Any, access_log: AccessLog | None = None, **more: Any) -> None:  # noqa: ANN401  as DevParts
+        super().__init__(*arguments, **more)
+        self._access_log = access_log
+        self.broker: BrokerProcess
+
+    async def _start(self) -> None:
+        await super()._start()
+        self.broker = BrokerProcess(self.settings, access_log=self._access_log)
+        await self.broker.start()
+        self._stack.push_async_callback(self.broker.stop)
+
+
+def write_settings(settings: Settings, path: Path) -> None:
+    """Write settings as the TOML file that `nhi serve --config` reads."""
+    document = settings.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    lines = [f"mode = {json.dumps(settings.mode)}"]
+    for name, section in document.items():
+        if isinstance(section, dict):
+            lines += [f"[{name}]", *_toml_members(section)]
+    for backend in settings.backends:
+        lines += ["[[backends]]", *_toml_members(backend)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _toml_members(section: dict[str, Any]) -> list[str]:
+    # A JSON string, number or boolean is written the same way in TOML.
+    return [
+        f"{key} = {json.dumps(value)}" for key, value in section.items() if not isinstance(value, dict | list)
+    ]
 
 
 def _free_port() -> int:
