@@ -92,8 +92,6 @@ class BundleStore:
                 (a replayed document would bring revoked keys back).
 
         """
-        if trust_domain != bundle.trust_domain:
-            raise BundleError(f"the bundle of {bundle.trust_domain} is filed under another trust domain")
         held = self._current.get(trust_domain)
         if held == bundle:
             return

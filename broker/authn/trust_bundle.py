@@ -36,7 +36,7 @@ class BundleError(ValueError):
     """A document is not a trust bundle, or an older one than we hold; the message is for operators."""
 
 
-class _UnusableKeyError(ValueError):
+class _UnusableKeyError(Exception):
     """One entry of a bundle cannot be used; the others still can."""
 
 
@@ -326,8 +326,6 @@ def _jwt_key(jwk: strict_json.JsonObject) -> JwtKey:
     try:
         return JwtKey(kid, _public_key(jwk), algorithm)
     except (ValueError, UnsupportedAlgorithm) as error:
-        if isinstance(error, _UnusableKeyError):
-            raise
         raise _UnusableKeyError("its key is not valid") from error
 
 

@@ -240,7 +240,9 @@ def _segment(value: Mapping[str, Any] | bytes) -> str:
     return base64url(value if isinstance(value, bytes) else json.dumps(value).encode())
 
 
-def forge_jws(header: Mapping[str, Any] | bytes, payload: Mapping[str, Any] | bytes, key: Key, alg: str) -> str:
+def forge_jws(
+    header: Mapping[str, Any] | bytes, payload: Mapping[str, Any] | bytes, key: Key, alg: str
+) -> str:
     """Sign any header over any payload, objects or raw bytes, with `alg` whatever the header says."""
     signed = f"{_segment(header)}.{_segment(payload)}"
     return f"{signed}.{base64url(get_default_algorithms()[alg].sign(signed.encode('ascii'), key))}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -20,7 +21,10 @@ from broker.authn.trust_bundle import (
     parse_x509_der,
     trust_domain_name,
 )
-from tests.support.pki import Authority, JwtAuthority, bundle_json, der, ec_key, rsa_key, x5c_jwk
+from tests.support.pki import Authority, JwtAuthority, base64url, bundle_json, der, ec_key, rsa_key, x5c_jwk
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 TD = "example.org"
 ROOT = Authority.root()
@@ -147,6 +151,11 @@ def test_a_malformed_document_is_refused_whole(case: str) -> None:
         parse_spiffe_bundle(TD, MALFORMED[case])
 
 
+def test_coordinates_that_only_together_have_the_right_size_are_left_out() -> None:
+    x, y = (base64.urlsafe_b64decode(SIGNER.jwk()[name] + "=") for name in "xy")
+    assert parse(SIGNER.jwk(x=base64url(x[:-1]), y=base64url(x[-1:] + y))).is_empty
+
+
 @pytest.mark.parametrize(
     ("hint", "seconds"),
     [(None, 300), (0, 300), (-1, 300), (1, 1), (60, 60), (86_400, 86_400), (10**12, 86_400)],
@@ -206,6 +215,19 @@ def test_a_plain_jwks_may_leave_out_use_as_spire_does() -> None:
 
 def test_a_plain_jwks_yields_no_x509_authority() -> None:
     assert parse_jwks(TD, bundle_json(x5c_jwk(ROOT.certificate))).is_empty
+
+
+@pytest.mark.parametrize("parse_other", [parse_x509_pem, parse_x509_der, parse_jwks])
+def test_no_form_of_bundle_is_read_beyond_its_bound(
+    parse_other: Callable[[str, bytes], TrustBundle],
+) -> None:
+    with pytest.raises(BundleError, match="larger than"):
+        parse_other(TD, b" " * (BUNDLE_BYTES_MAX + 1))
+
+
+def test_der_is_not_read_beyond_its_bound_of_certificates() -> None:
+    with pytest.raises(BundleError, match="more than"):
+        parse_x509_der(TD, der(ROOT.certificate) * (KEYS_MAX + 1))
 
 
 def test_a_pem_bundle_holds_the_cas_in_it() -> None:
