@@ -15,8 +15,11 @@ import asyncio
 import sqlite3
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_threads
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+
+import structlog
 
 from broker.core.errors import LedgerUnavailable, Overloaded
 from inventory.audit.chain import ChainHead, append
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 
     from broker.core.audit import AuditRecord
     from broker.core.ports import KeyStore
+
+log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -82,6 +87,7 @@ class _Item(Generic[T]):
     unit: Callable[[Transaction], T]
     future: asyncio.Future[T]
     result: T | None = None
+    error: Exception | None = None
     hooks: Sequence[Callable[[], None]] = ()
 
 
@@ -100,6 +106,7 @@ class Writer:
         self._connection = connection
         self._keys = keys
         self._queue: deque[_Item[Any]] = deque()
+        self._in_hand: list[_Item[Any]] = []
         self._queue_max = queue_max
         self._wake = asyncio.Event()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger-commit")
@@ -128,7 +135,7 @@ class Writer:
             BaseException: whatever `unit` raised; nothing of it was done.
 
         """
-        if self._closing or self._task is None:
+        if self._closing or self._task is None or self._task.done():
             raise LedgerUnavailable("The broker is shutting down.", retry_after_seconds=5)
         if len(self._queue) >= self._queue_max:
             raise Overloaded("The ledger's queue is full; retry shortly.", retry_after_seconds=1)
@@ -153,6 +160,15 @@ class Writer:
         self._connection.close()
 
     async def _drain(self) -> None:
+        try:
+            await self._commit_what_comes()
+        finally:
+            # Only where the loop is being torn down, or by a defect: nobody may wait for ever.
+            for item in (*self._in_hand, *self._queue):
+                _fail(item, sqlite3.InterfaceError("the writer has stopped"))
+            self._queue.clear()
+
+    async def _commit_what_comes(self) -> None:
         while True:
             if not self._queue:
                 if self._closing:
@@ -160,8 +176,9 @@ class Writer:
                 self._wake.clear()
                 await self._wake.wait()
                 continue
-            batch = [self._queue.popleft() for _ in range(min(BATCH_MAX, len(self._queue)))]
-            await self._commit_together(batch)
+            self._in_hand = [self._queue.popleft() for _ in range(min(BATCH_MAX, len(self._queue)))]
+            await self._commit_together(self._in_hand)
+            self._in_hand = []
 
     async def _commit_together(self, batch: list[_Item[Any]]) -> None:
         try:
@@ -176,28 +193,41 @@ class Writer:
                 await self._commit_together([item])
 
     async def _transact(self, batch: list[_Item[Any]]) -> None:
-        """Run a batch in one transaction; raises sqlite3.Error with everything rolled back."""
+        """Run a batch in one transaction; raises sqlite3.Error with everything rolled back.
+
+        Nobody is told anything before the commit, refusals included: what a unit refused for
+        may be what an earlier unit of the batch wrote, and that may yet be rolled back.
+        """
         head = self.head
-        done: list[_Item[Any]] = []
         try:
             self._connection.execute("BEGIN IMMEDIATE")
             for item in batch:
-                head = self._run_unit(item, head, done)
-            await asyncio.get_running_loop().run_in_executor(self._executor, self._connection.commit)
+                head = self._run_unit(item, head)
+            await self._commit()
         except BaseException:
             if self._connection.in_transaction:
                 self._connection.rollback()
             raise
         self.head = head
         self.commits += 1
-        self.units += len(done)
+        self.units += sum(item.error is None for item in batch)
         self.last_failure = None
-        for item in done:
-            _succeed(item)
+        for item in batch:
+            _settle(item)
 
-    def _run_unit(self, item: _Item[Any], head: ChainHead, done: list[_Item[Any]]) -> ChainHead:
+    async def _commit(self) -> None:
+        committing = self._executor.submit(self._connection.commit)
+        try:
+            await asyncio.wrap_future(committing)
+        except asyncio.CancelledError:
+            # The thread may be at it: touch the connection again only once it has let go.
+            wait_for_threads([committing])
+            raise
+
+    def _run_unit(self, item: _Item[Any], head: ChainHead) -> ChainHead:
         """Run one unit in a savepoint and return the chain's head after it."""
         transaction = Transaction(self._connection, head, self._keys)
+        item.error, item.hooks = None, ()
         self._connection.execute("SAVEPOINT unit")
         try:
             item.result = item.unit(transaction)
@@ -206,12 +236,10 @@ class Writer:
         except Exception as error:  # noqa: BLE001  whatever a unit raises is its caller's, not the writer's
             self._connection.execute("ROLLBACK TO unit")
             self._connection.execute("RELEASE unit")
-            if not item.future.done():
-                item.future.set_exception(error)
+            item.error = error
             return head
         self._connection.execute("RELEASE unit")
         item.hooks = transaction.hooks
-        done.append(item)
         return transaction.head
 
 
@@ -221,10 +249,20 @@ def _nobody_is_waiting(future: asyncio.Future[Any]) -> None:
         future.exception()
 
 
-def _succeed(item: _Item[Any]) -> None:
+def _settle(item: _Item[Any]) -> None:
+    """Run the hooks of a unit that is durable, and tell its caller how it went."""
     for hook in item.hooks:
-        hook()
-    if not item.future.done():
+        try:
+            hook()
+        except Exception:
+            # A hook is an echo of what is durable already: it must not stop the writer, and with
+            # it every revocation.
+            log.exception("ledger.hook_failed")
+    if item.future.done():
+        return
+    if item.error is not None:
+        item.future.set_exception(item.error)
+    else:
         item.future.set_result(item.result)
 
 
