@@ -151,6 +151,23 @@ async def test_tombstones_are_forgotten_only_when_no_mint_can_need_them(harness:
     assert {young.backend_name, undropped.backend_name} <= left
 
 
+async def test_a_tombstone_that_finds_a_living_session_is_not_forgotten(harness: PostgresHarness) -> None:
+    request = harness.request()
+    session = await harness.open_session((await mint(harness.adapter, request)).credential)
+    async with admin_of(harness) as admin:
+        oid = await admin.fetchval("SELECT oid FROM pg_roles WHERE rolname = $1", request.backend_name)
+        await admin.execute(f'DROP ROLE "{request.backend_name}"')
+        await admin.execute(
+            "INSERT INTO nhi.tombstone VALUES ($1, $2, now() - interval '1 day')", request.backend_name, oid
+        )
+        assert [one async for one in harness.adapter.scan([])] == []
+        kept = await admin.fetchval(
+            "SELECT count(*) FROM nhi.tombstone WHERE role = $1", request.backend_name
+        )
+    assert kept == 1
+    assert await session.is_alive()
+
+
 @pytest.mark.parametrize("age_ms", [MINT_AGE_MS_MAX + 60_000, -MINT_AGE_MS_MAX - 60_000])
 async def test_a_mint_call_older_than_a_tombstone_may_become_is_refused(
     harness: PostgresHarness, age_ms: int
@@ -235,18 +252,45 @@ async def test_a_client_that_keeps_reconnecting_is_out_for_good(harness: Postgre
 
     async def keep_coming_back() -> None:
         while True:
-            opened.append(await connect_with(minted.credential))
-            first_in.set()
-            with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+            try:
+                opened.append(await connect_with(minted.credential))
+                first_in.set()
                 await opened[-1].execute("CREATE TEMP TABLE hoard AS SELECT 1; SELECT pg_sleep(60)")
+            except asyncpg.InvalidAuthorizationSpecificationError:
+                return  # the login is refused: the class of 28000 and 28P01
+            except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError):
+                continue
 
-    coming = asyncio.create_task(error_of(keep_coming_back()))
+    coming = asyncio.create_task(keep_coming_back())
     await first_in.wait()
     await harness.adapter.revoke(target_of(request))
-    error = await coming
-    assert getattr(error, "sqlstate", None) in {"28P01", "28000"}
+    await coming
     for connection in opened:
         connection.terminate()
+    await assert_dead(harness, request, minted)
+
+
+async def test_a_session_that_slips_in_while_its_role_is_being_dropped_is_cut(
+    harness: PostgresHarness,
+) -> None:
+    request = harness.request()
+    minted = await mint(harness.adapter, request)
+    patient = PostgresAdapter(harness.config(statement_timeout_seconds=40, lock_timeout_seconds=10))
+    async with admin_of(harness) as admin, admin_of(harness) as watcher:
+        lock = admin.transaction()
+        await lock.start()
+        await admin.execute(f'ALTER ROLE "{request.backend_name}" CONNECTION LIMIT 1')  # holds up the drop
+        revoking = asyncio.create_task(patient.revoke(target_of(request)))
+        await until(
+            watcher,
+            "EXISTS (SELECT FROM pg_stat_activity WHERE usename = $1 AND wait_event_type = 'Lock')",
+            harness.login,
+        )
+        session = await harness.open_session(minted.credential)
+        await lock.rollback()
+        await revoking
+    await patient.close()
+    assert not await session.is_alive()
     await assert_dead(harness, request, minted)
 
 
@@ -341,6 +385,14 @@ async def test_a_live_lease_is_not_disowned(harness: PostgresHarness) -> None:
     async with broker_login(harness, harness.orders.name) as login:
         with pytest.raises(asyncpg.PostgresError, match="still alive"):
             await login.execute("SELECT nhi.disown($1)", request.backend_name)
+
+
+async def test_another_instances_role_is_not_disowned(harness: PostgresHarness) -> None:
+    alien = backend_name(harness.neighbour_tag, LeaseId.new())
+    async with broker_login(harness, harness.orders.name) as login:
+        with pytest.raises(asyncpg.PostgresError) as refused:
+            await login.execute("SELECT nhi.disown($1)", alien)
+    assert refused.value.sqlstate == "NHI04"
 
 
 # --- what the broker's login may do, and what not ------------------------------------------------
