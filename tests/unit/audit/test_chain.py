@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 import rfc8785
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from broker.core.audit import AuditKind, AuditRecord
+from inventory.audit import text
 from inventory.audit.canonical import BYTES_MAX, DEPTH_MAX, NotCanonicalError, parse_canonical
 from inventory.audit.chain import EVENT_BYTES_MAX, GENESIS, ChainHead, append, encode, link, record_hash
 from inventory.audit.text import (
@@ -86,6 +88,12 @@ def test_whatever_is_accepted_parses_again(keys: MemoryKeys) -> None:
     assert parse_canonical(row.body)
 
 
+def test_a_slot_ends_before_its_numbers_leave_the_canonical_range(keys: MemoryKeys) -> None:
+    assert parse_canonical(append(ChainHead(0, 2**53 - 2), record(1), keys)[1].body)
+    with pytest.raises(NotCanonicalError):
+        append(ChainHead(0, 2**53 - 1), record(1), keys)
+
+
 def test_free_text_reaches_neither_body_nor_stored_row(keys: MemoryKeys) -> None:
     spoken = "the customer is Jane Roe"
     _, row, (stored,) = append(ChainHead(0), record(1, text={"reason": spoken}), keys)
@@ -123,6 +131,16 @@ def test_a_changed_text_row_does_not_open(keys: MemoryKeys, column: str) -> None
             open_text(stored._replace(**{column: bytes(data)}), promise, keys)
 
 
+def test_even_a_key_holder_cannot_show_another_text_as_the_recorded_one(keys: MemoryKeys) -> None:
+    _, row, (stored,) = append(ChainHead(0), record(1, text={"reason": "yes"}), keys)
+    promise = parse_canonical(row.body)["event"]["text"]["reason"]
+    context = text._context("reason", promise["digest"])
+    key = text._key(keys.unseal(stored.salt, context))
+    sealed = bytes(12) + AESGCM(key).encrypt(bytes(12), b"no", context)
+    with pytest.raises(TextUnreadableError, match="not the one"):
+        open_text(stored._replace(sealed=sealed), promise, keys)
+
+
 def test_a_text_row_moved_to_another_record_or_key_store_does_not_open(keys: MemoryKeys) -> None:
     _, _, (stored,) = append(ChainHead(0), record(1, text={"reason": "yes"}), keys)
     _, other, _ = append(ChainHead(0), record(1, text={"reason": "yes"}), keys)
@@ -132,10 +150,10 @@ def test_a_text_row_moved_to_another_record_or_key_store_does_not_open(keys: Mem
         open_text(SealedText(0, 1, "reason", b"", b""), {"digest": "", "sealed": ""}, MemoryKeys())
 
 
-@pytest.mark.parametrize("text", ["x" * (TEXT_BYTES_MAX + 1), "\udc80"], ids=["too long", "lone surrogate"])
-def test_a_text_that_cannot_be_kept_is_refused(keys: MemoryKeys, text: str) -> None:
+@pytest.mark.parametrize("spoken", ["x" * (TEXT_BYTES_MAX + 1), "\udc80"], ids=["too long", "lone surrogate"])
+def test_a_text_that_cannot_be_kept_is_refused(keys: MemoryKeys, spoken: str) -> None:
     with pytest.raises(NotCanonicalError):
-        append(ChainHead(0), record(1, text={"reason": text}), keys)
+        append(ChainHead(0), record(1, text={"reason": spoken}), keys)
 
 
 def test_a_text_name_outside_ascii_is_refused(keys: MemoryKeys) -> None:
