@@ -1,9 +1,20 @@
-"""Operator commands of `nhi`, found by the SDK through an entry point; heavy imports happen inside commands."""
+"""Operator commands of `nhi`, found by the SDK through an entry point.
+
+Every module here imports next to nothing: what a command needs is imported inside it, so
+that `nhi --help` and the client commands stay fast.
+"""
 
 from __future__ import annotations
 
-import typer
+from typing import TYPE_CHECKING
+
+from broker.cli import inventory, kill, leases, serve, status
+
+if TYPE_CHECKING:
+    import typer
 
 
 def register(app: typer.Typer) -> None:
     """Add the server commands to the `nhi` command."""
+    for module in (serve, status, kill, leases, inventory):
+        module.register(app)
