@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from adapters import postgres as postgres_module
-from adapters.conformance import assert_dead, error_of, mint, target_of, turns
+from adapters.conformance import assert_dead, error_of, mint, target_of
 from adapters.postgres import PostgresAdapter, PostgresConfig, RevocationBlockedError, install_sql
 from adapters.postgres_scram import new_password, scram_verifier
 from adapters.postgres_sql import MINT_AGE_MS_MAX, TTL_MS_MAX
@@ -544,27 +544,29 @@ async def test_a_scan_goes_on_after_its_first_page(
 
 
 async def test_mints_that_hang_do_not_keep_a_revocation_waiting(harness: PostgresHarness) -> None:
+    patient = PostgresAdapter(harness.config(statement_timeout_seconds=40, lock_timeout_seconds=10))
     alive = harness.request()
-    await mint(harness.adapter, alive)
+    await mint(patient, alive)
     requests = [harness.request() for _ in range(12)]
     async with admin_of(harness) as admin, admin_of(harness) as watcher:
         blocker = admin.transaction()
         await blocker.start()
         for request in requests:
             await admin.execute(f'CREATE ROLE "{request.backend_name}"')
-        mints = [asyncio.create_task(error_of(mint(harness.adapter, request))) for request in requests]
+        mints = [asyncio.create_task(error_of(mint(patient, request))) for request in requests]
         await until(
             watcher,
             "count(*) = 5 FROM pg_stat_activity WHERE usename = $1 AND wait_event_type = 'Lock'",
             harness.login,
         )
-        await harness.adapter.revoke(target_of(alive))
-        await assert_dead(harness, alive, None)
-        await blocker.rollback()
+        await patient.revoke(target_of(alive))
+        assert not any(one.done() for one in mints)
         for one in mints:
             one.cancel()
         await asyncio.gather(*mints, return_exceptions=True)
-        await turns(3)
+        await blocker.rollback()
+    await patient.close()
+    await assert_dead(harness, alive, None)
     for request in requests:
         await harness.adapter.revoke(target_of(request))
 
