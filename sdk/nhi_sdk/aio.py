@@ -130,6 +130,7 @@ class AsyncBroker:
         self._sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
         self._client: tuple[int, httpx.AsyncClient] | None = None
         self._retired: httpx.AsyncClient | None = None
+        self._managed: dict[str, AsyncOpenTask] = {}
         self._current: ContextVar[AsyncOpenTask | None] = ContextVar("nhi_async_task", default=None)
 
     @classmethod
@@ -158,7 +159,9 @@ class AsyncBroker:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close connections. Idempotent."""
+        """End what blocks left open, and close connections. Idempotent."""
+        for task in tuple(self._managed.values()):
+            await self._end_quietly(task, None)
         clients = [self._retired, None if self._client is None else self._client[1]]
         self._client = self._retired = None
         for client in clients:
@@ -195,21 +198,19 @@ class AsyncBroker:
             deadline_seconds=deadline_seconds,
         )
         task = await acquired(opening, lambda late: self._end(late, None), self._cleanup_seconds)
+        self._managed[task.task_id] = task
         outer = self._current.set(task)
         try:
             yield task
         except BaseException as error:
-            await self._quietly(
-                self._end(task, error),
-                f"task {task.task_id} could not be ended, its deadline will do it",
-                error,
-            )
+            await self._end_quietly(task, error)
             raise
         finally:
             with contextlib.suppress(ValueError):  # left in another context than it was entered in
                 self._current.reset(outer)
         if task.end_result is None:
             await shielded(task.end(wait=wait), self._retry.deadline_seconds + (wait or 0))
+        self._managed.pop(task.task_id, None)
 
     async def open_task(
         self,
@@ -242,7 +243,16 @@ class AsyncBroker:
 
     async def end_task(self, task_id: str, *, reason: str | None = None, wait: int | None = None) -> TaskEnd:
         """End a task by its id; see `OpenTask.end`."""
-        return await self._run(_calls.end_task(task_id, reason=reason, wait=wait))
+        ended = await self._run(_calls.end_task(task_id, reason=reason, wait=wait))
+        self._managed.pop(task_id, None)
+        return ended
+
+    async def _end_quietly(self, task: AsyncOpenTask, error: BaseException | None) -> None:
+        try:
+            what = f"task {task.task_id} could not be ended, its deadline will do it"
+            await self._quietly(self._end(task, error), what, error)
+        finally:
+            self._managed.pop(task.task_id, None)
 
     async def _end(self, task: AsyncOpenTask, error: BaseException | None) -> None:
         if task.end_result is None:
@@ -325,7 +335,7 @@ class AsyncBroker:
             reason = None if error is None else left_by(error)
             await self._run(_calls.revoke_lease(issued.lease_id, reason=reason), policy or self._cleanup)
 
-    async def _quietly(self, work: Awaitable[None], what: str, error: BaseException) -> None:
+    async def _quietly(self, work: Awaitable[None], what: str, error: BaseException | None) -> None:
         """Clean up on the way out of `error`, which must not be masked by a failure to do so."""
         try:
             await shielded(work, self._cleanup_seconds)

@@ -98,5 +98,5 @@ def environ(server: ContractServer, token: str, ca_file: Path, tmp_path: Path) -
 
 @pytest.fixture
 def leaks(server: ContractServer) -> Callable[[str], list[str]]:
-    """Return the secrets of the server's credentials that a text shows."""
-    return lambda text: [one for one in server.passwords if one in text]
+    """Return the secrets of the server's credentials that a text shows, escaped or not."""
+    return lambda text: [one for one in server.passwords if one[:16] in text]

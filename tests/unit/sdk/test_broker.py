@@ -18,6 +18,7 @@ from nhi_sdk import (
     TaskClosed,
     Unavailable,
 )
+from nhi_sdk._cleanup import shielded
 from tests.unit.sdk.contract_server import ContractServer, Kind, catalog_item
 
 if TYPE_CHECKING:
@@ -375,27 +376,59 @@ async def test_async_cancellation_in_the_block_kills_the_credential(
 async def test_async_a_second_cancellation_does_not_stop_the_clean_up(
     async_broker: AsyncBroker, server: ContractServer
 ) -> None:
-    inside = asyncio.Event()
-    revoking = server.fault(Kind.HOLD, route="/revoke")
+    inside, pausing, go_on = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    server.fault(Kind.DROP_BEFORE, route="/revoke")
+
+    async def pause(_seconds: float) -> None:
+        pausing.set()
+        await go_on.wait()
 
     async def work() -> None:
-        async with async_broker.task("t") as task, task.credential("orders-db", "read", **INTENT):
+        async with async_broker.credential("orders-db", "read", purpose="p", **INTENT):
             inside.set()
             await asyncio.Event().wait()
 
+    async_broker._sleep = pause
     running = asyncio.create_task(work())
     await inside.wait()
     running.cancel()
-    await asyncio.to_thread(revoking.held.wait, 10)
+    await pausing.wait()
     running.cancel()
     running.cancel()
     await asyncio.sleep(0)
     assert not running.done()
-    revoking.release.set()
+    go_on.set()
     with pytest.raises(asyncio.CancelledError):
         await running
     assert server.alive() == []
+
+
+async def test_async_closing_the_client_ends_what_a_failed_end_left(
+    async_broker: AsyncBroker, server: ContractServer
+) -> None:
+    async def work() -> None:
+        async with async_broker.task("t"):
+            server.refuse(503, "ledger-unavailable", "The ledger is down.", route="/end")
+
+    with pytest.raises(Unavailable):
+        await work()
+    assert server.open_tasks()
+    await async_broker.aclose()
     assert server.open_tasks() == []
+
+
+async def test_async_a_clean_up_that_does_not_finish_is_given_up() -> None:
+    stopped = asyncio.Event()
+
+    async def endless() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            stopped.set()
+
+    with pytest.raises(TimeoutError, match=r"0\.01 seconds"):
+        await shielded(endless(), 0.01)
+    await stopped.wait()
 
 
 async def test_async_cancellation_while_the_credential_is_being_minted_kills_it(
