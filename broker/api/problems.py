@@ -13,6 +13,7 @@ import orjson
 
 from broker.api import edge_errors as edge
 from broker.core import errors as core
+from broker.core.decision import NeedsApproval
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -133,9 +134,19 @@ def problem(error: BaseException, trace_id: str) -> dict[str, Any]:
         "trace_id": trace_id,
     }
     if isinstance(error, core.BrokerError) and code != core.BrokerError.code:
-        members["detail"] = error.detail
+        members["detail"] = _detail(error)
         members.update(_extensions(error))
     return members
+
+
+def _detail(error: core.BrokerError) -> str:
+    """Return the public sentence; of a request that only an approval could let through, whose."""
+    if isinstance(error, core.PolicyDenied) and isinstance(error.decision, NeedsApproval):
+        return (
+            f"{error.detail} It would take an approval of {error.decision.group}, and approvals are not "
+            "available yet: until they are, the answer is no."
+        )
+    return error.detail
 
 
 def _extensions(error: core.BrokerError) -> dict[str, Any]:

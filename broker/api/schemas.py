@@ -176,7 +176,7 @@ class LifecycleRequest(Strict):
 class Page(Strict):
     """Query parameters of every list."""
 
-    cursor: Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[A-Za-z0-9_.=-]+$")] | (
+    cursor: Annotated[str, StringConstraints(min_length=1, max_length=3072, pattern=r"^[A-Za-z0-9_-]+$")] | (
         None
     ) = None
     limit: Annotated[int, Field(ge=1, le=PAGE_LENGTH_MAX)] = 100
@@ -221,8 +221,13 @@ class AuditQuery(Strict):
     lease: LeaseIdText | None = None
     task: TaskIdText | None = None
     identity: SpiffeIdText | None = None
-    since: Time | None = None
-    until: Time | None = None
+    from_: Annotated[Time | None, Field(alias="from", description="Records at or after this time.")] = None
+    to: Annotated[Time | None, Field(description="Records before this time.")] = None
+    texts: Annotated[bool, Field(description="Whether free texts are shown in clear.")] = False
+
+
+class NoBody(Strict):
+    """Body of what needs none: nothing, or the empty object."""
 
 
 # --- what goes out ------------------------------------------------------------------------------
@@ -277,7 +282,7 @@ class LeaseView(Strict):
     """One lease, without its secret."""
 
     lease_id: LeaseIdText
-    task_id: TaskIdText
+    task_id: TaskIdText | None
     resource: str
     action: str
     adapter: str
@@ -334,10 +339,237 @@ class CatalogItem(Strict):
 
 
 class CatalogPage(Strict):
-    """Answer of ``GET /catalog``."""
+    """Answer of ``GET /catalog``; `next` is the cursor of the page after this one."""
 
     items: tuple[CatalogItem, ...]
     next: str | None
+
+
+# --- tokens that others check ---------------------------------------------------------------------
+
+
+class Jwk(BaseModel):
+    """One public key (RFC 7517); members beyond these depend on its type."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(strict=True, frozen=True, extra="allow")
+
+    kty: str
+    kid: str
+    alg: str
+    use: Literal["sig"]
+
+
+class Jwks(Strict):
+    """Answer of ``GET /oauth2/jwks``."""
+
+    keys: tuple[Jwk, ...]
+
+
+class Introspection(Strict):
+    """Answer of ``POST /oauth2/introspect``: of an inactive token, `active` alone."""
+
+    active: bool
+    token_type: str | None = None
+    iss: str | None = None
+    sub: str | None = None
+    client_id: str | None = None
+    aud: str | None = None
+    scope: str | None = None
+    jti: str | None = None
+    iat: int | None = None
+    exp: int | None = None
+    task: str | None = None
+
+
+class ServerMetadata(Strict):
+    """Answer of ``GET /.well-known/oauth-authorization-server`` (RFC 8414)."""
+
+    issuer: str
+    jwks_uri: str
+    introspection_endpoint: str
+    introspection_endpoint_auth_methods_supported: tuple[str, ...]
+    response_types_supported: tuple[str, ...]
+    grant_types_supported: tuple[str, ...]
+
+
+# --- operator listener: what goes out -------------------------------------------------------------
+
+
+class OperatorLease(LeaseView):
+    """One lease as operators see it."""
+
+    identity: str | None
+    backend_name: str
+    created_at: Time
+    next_try_at: Time | None
+    attempts: int
+    first_failed_at: Time | None
+    last_error: str | None
+
+
+class LeasePage(Strict):
+    """Answer of ``GET /leases``."""
+
+    items: tuple[OperatorLease, ...]
+    next: str | None
+
+
+class IdentityView(Strict):
+    """One inventory record. Empty texts stand for what nobody has said."""
+
+    spiffe_id: SpiffeIdText
+    kind: str
+    lifecycle: str
+    owner: str
+    backup_owner: str
+    team: str
+    environment: str
+    purpose: str
+    criticality: str
+    source: str
+    owner_source: str
+    orphan: bool
+    first_seen_at: Time | None
+    last_used_at: Time | None
+    created_at: Time
+
+
+class IdentityDetail(IdentityView):
+    """Answer of ``GET /identity``: the record, and leases that have not ended (a page of them)."""
+
+    leases: tuple[OperatorLease, ...]
+
+
+class IdentityPage(Strict):
+    """Answer of ``GET /identities``."""
+
+    items: tuple[IdentityView, ...]
+    next: str | None
+
+
+Scope: TypeAlias = Literal["task", "identity", "owner", "resource"]
+
+
+class KillView(Strict):
+    """One killed scope."""
+
+    scope: Scope
+    value: str
+    reason: str
+    actor: str
+    at: Time
+
+
+class KillPage(Strict):
+    """Answer of ``GET /kills``."""
+
+    items: tuple[KillView, ...]
+    next: str | None
+
+
+class KillAnswer(Strict):
+    """Answer of ``POST /kill``: what was moved at once; the sweeper proves the rest."""
+
+    scope: Scope
+    value: str
+    tasks_ended: int
+    leases_moved: int
+
+
+class LiftAnswer(Strict):
+    """Answer of ``POST /kill/lift``."""
+
+    scope: Scope
+    value: str
+
+
+class FindingView(Strict):
+    """One failed check that is still open."""
+
+    check: str
+    subject: str
+    evidence: dict[str, Any]
+    opened_at: Time
+
+
+class FindingPage(Strict):
+    """Answer of ``GET /findings``."""
+
+    items: tuple[FindingView, ...]
+    next: str | None
+
+
+class BackendView(Strict):
+    """One backend; `kind` is null where leases remain of one that is no longer configured."""
+
+    name: str
+    kind: str | None
+    live: int
+    stuck: int
+    breaker: Literal["closed", "open"]
+
+
+class LedgerView(Strict):
+    """The ledger's writer."""
+
+    waiting: int
+    failure: str | None
+    audit_seq: int
+
+
+class ReadinessView(Strict):
+    """Answer of ``/readyz``: each thing that is not ready, by name."""
+
+    ready: bool
+    problems: dict[str, str]
+
+
+class StatusView(Strict):
+    """Answer of ``GET /status``."""
+
+    instance: str
+    version: str
+    policy_hash: Hash
+    live: int
+    stuck: int
+    backends: tuple[BackendView, ...]
+    ledger: LedgerView
+    readiness: ReadinessView
+
+
+class ScanView(Strict):
+    """What the scan of one backend found."""
+
+    backend: str
+    seen: int
+    orphans: int
+    gone: int
+
+
+class ScanAnswer(Strict):
+    """Answer of ``POST /scan``; backends that could not be scanned are under `failed`."""
+
+    scanned: tuple[ScanView, ...]
+    failed: tuple[str, ...]
+
+
+class AuditKeys(Strict):
+    """Answer of ``GET /audit/keys``: Ed25519 public keys in base64, by key id."""
+
+    keys: dict[str, str]
+    origin: str
+
+
+# --- ops listener ---------------------------------------------------------------------------------
+
+
+class Health(Strict):
+    """Answer of ``/healthz``."""
+
+    status: Literal["ok"]
+
+
+# --- errors ---------------------------------------------------------------------------------------
 
 
 class FieldProblem(Strict):

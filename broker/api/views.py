@@ -9,6 +9,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from broker.api.edge_errors import FieldError, InvalidInput
 from broker.core.clock import MS_PER_SECOND
 
 if TYPE_CHECKING:
@@ -19,12 +20,31 @@ if TYPE_CHECKING:
     from broker.core.lease import Lease
     from broker.core.ports import Credential
     from broker.core.task import Task
+    from broker.service.inventory_admin import Identity
+    from broker.service.offers import Offer
+    from broker.service.overview import BackendStatus, Finding, Kill, Status
 
 
 def render_time(at_ms: int) -> str:
     """Return RFC 3339 in UTC with milliseconds and Z."""
     seconds, ms = divmod(at_ms, MS_PER_SECOND)
     return f"{datetime.fromtimestamp(seconds, UTC).isoformat()[:19]}.{ms:03d}Z"
+
+
+def parse_time(text: str, field: str) -> int:
+    """Return the milliseconds since the epoch of what `render_time` writes.
+
+    Raises:
+        InvalidInput: there is no such date or time; `field` is where it stood.
+
+    """
+    try:
+        at = datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%f%z")
+    except ValueError:
+        raise InvalidInput(
+            "A time is not one.", [FieldError(field, "must be a date and time that exist")]
+        ) from None
+    return int(at.timestamp()) * MS_PER_SECOND + at.microsecond // 1000
 
 
 def _time_or_null(at_ms: int | None) -> str | None:
@@ -35,7 +55,7 @@ def lease_view(lease: Lease) -> dict[str, Any]:
     """Return a lease as its holder and operators see it. `schemas.LeaseView`."""
     return {
         "lease_id": lease.id,
-        "task_id": lease.task_id,
+        "task_id": lease.task_id or None,  # an orphan that the scan found belongs to no task
         "resource": lease.resource,
         "action": lease.action,
         "adapter": lease.adapter,
@@ -95,3 +115,113 @@ def credential_view(
             "policy_hash": basis.policy_hash,
         },
     }
+
+
+def catalog_item(offer: Offer) -> dict[str, Any]:
+    """Return one thing a caller may ask for. `schemas.CatalogItem`."""
+    granted = offer.granted
+    return {
+        "resource": granted.resource.id,
+        "title": granted.resource.title,
+        "action": granted.name,
+        "effect": granted.effect,
+        "classification": granted.resource.classification,
+        "environment": granted.resource.environment,
+        "owner": granted.resource.owner,
+        "kind": offer.kind,
+        "ttl_seconds_default": granted.ttl_seconds_default,
+        "ttl_seconds_max": granted.ttl_seconds_max,
+        "revocability": offer.revocability,
+    }
+
+
+# --- for operators --------------------------------------------------------------------------------
+
+
+def operator_lease_view(lease: Lease) -> dict[str, Any]:
+    """Return a lease as operators see it. `schemas.OperatorLease`."""
+    return {
+        **lease_view(lease),
+        "identity": lease.identity or None,
+        "backend_name": lease.backend_name,
+        "created_at": render_time(lease.created_ms),
+        "next_try_at": _time_or_null(lease.next_action_ms),
+        "attempts": lease.attempts,
+        "first_failed_at": _time_or_null(lease.first_failed_ms),
+        "last_error": lease.last_error,
+    }
+
+
+def identity_view(identity: Identity) -> dict[str, Any]:
+    """Return an inventory record. `schemas.IdentityView`."""
+    return {
+        "spiffe_id": identity.spiffe_id,
+        "kind": identity.kind,
+        "lifecycle": identity.lifecycle.value,
+        "owner": identity.owner,
+        "backup_owner": identity.backup_owner,
+        "team": identity.team,
+        "environment": identity.environment,
+        "purpose": identity.purpose,
+        "criticality": identity.criticality,
+        "source": identity.source,
+        "owner_source": identity.owner_source,
+        "orphan": identity.is_orphan,
+        "first_seen_at": _time_or_null(identity.first_seen_ms),
+        "last_used_at": _time_or_null(identity.last_used_ms),
+        "created_at": render_time(identity.created_ms),
+    }
+
+
+def kill_view(kill: Kill) -> dict[str, Any]:
+    """Return a killed scope. `schemas.KillView`."""
+    return {
+        "scope": kill.scope.value,
+        "value": kill.value,
+        "reason": kill.reason,
+        "actor": kill.actor,
+        "at": render_time(kill.at_ms),
+    }
+
+
+def finding_view(finding: Finding) -> dict[str, Any]:
+    """Return an open finding. `schemas.FindingView`."""
+    return {
+        "check": finding.check_id,
+        "subject": finding.subject,
+        "evidence": dict(finding.evidence),
+        "opened_at": render_time(finding.opened_ms),
+    }
+
+
+def _backend_view(backend: BackendStatus) -> dict[str, Any]:
+    return {
+        "name": backend.name,
+        "kind": backend.kind or None,
+        "live": backend.live,
+        "stuck": backend.stuck,
+        "breaker": "open" if backend.breaker_open else "closed",
+    }
+
+
+def status_view(status: Status, *, version: str, problems: dict[str, str]) -> dict[str, Any]:
+    """Return the broker at a glance. `schemas.StatusView`."""
+    return {
+        "instance": status.instance,
+        "version": version,
+        "policy_hash": status.policy_hash,
+        "live": status.live,
+        "stuck": status.stuck,
+        "backends": [_backend_view(backend) for backend in status.backends],
+        "ledger": {
+            "waiting": status.ledger_waiting,
+            "failure": status.ledger_failure,
+            "audit_seq": status.audit_seq,
+        },
+        "readiness": readiness_view(problems),
+    }
+
+
+def readiness_view(problems: dict[str, str]) -> dict[str, Any]:
+    """Return what keeps the broker from being ready. `schemas.ReadinessView`."""
+    return {"ready": not problems, "problems": problems}

@@ -303,6 +303,11 @@ class VerificationKey:
 class KeyStore(Protocol):
     """Signing, digest and sealing keys: outlive restarts, shared by replicas, never in the database."""
 
+    @property
+    def jwks_cache_seconds(self) -> int:
+        """How long verifiers may cache `token_keys`; rotation counts on it."""
+        ...
+
     def sign_token(self, header: Mapping[str, object], payload: bytes, *, algorithm: str) -> str:
         """Return a JWS compact serialization; `header` gets the current key's `kid` and `alg`."""
         ...

@@ -117,6 +117,11 @@ class FileKeyStore:
 
     # --- tokens -------------------------------------------------------------------------------
 
+    @property
+    def jwks_cache_seconds(self) -> int:
+        """How long verifiers may cache `token_keys`; rotation counts on it."""
+        return self._policy.jwks_cache_seconds
+
     def sign_token(self, header: Mapping[str, object], payload: bytes, *, algorithm: str) -> str:
         """Return a JWS compact serialization; `header` gets the current key's `kid` and `alg`.
 

@@ -33,16 +33,19 @@ class AuthenticationRefusals:
         self._in_second = 0
         self._unrecorded = 0
 
-    async def record(self, refusal: Unauthenticated, *, peer: str, path: str) -> None:
-        """Audit one refusal, or count it where too many came this second. Never raises."""
+    async def record(self, refusal: Unauthenticated, *, peer: str, path: str, trace_id: str) -> None:
+        """Audit one refusal, or count it where too many came this second. Never raises.
+
+        The edge logs it, with the same trace id.
+
+        Args:
+            refusal: what our rules refused.
+            peer: the address it came from.
+            path: template of the route it asked for.
+            trace_id: of the request.
+
+        """
         self._ctx.telemetry.authentication_refused(refusal.rule)
-        log.warning(
-            "authentication.refused",
-            rule=refusal.rule,
-            explanation=refusal.explanation,
-            peer=peer,
-            path=path,
-        )
         now_ms = self._ctx.clock.now_ms()
         if not self._has_room(now_ms):
             self._unrecorded += 1
@@ -52,7 +55,13 @@ class AuthenticationRefusals:
             kind=AuditKind.AUTHENTICATION_REFUSED,
             at_ms=now_ms,
             actor="unauthenticated",
-            fields={"rule": refusal.rule, "peer": peer, "path": path, "unrecorded_before": unrecorded},
+            fields={
+                "rule": refusal.rule,
+                "peer": peer,
+                "path": path,
+                "trace_id": trace_id,
+                "unrecorded_before": unrecorded,
+            },
             text={"explanation": refusal.explanation},
         )
         try:

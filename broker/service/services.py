@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Self
 
 from broker.keys.own_tokens import TokenReader
 from broker.service.admit import Admission
+from broker.service.audit_export import AuditExports
 from broker.service.inventory_admin import InventoryAdmin
 from broker.service.issue import Issue
 from broker.service.kill import KillSwitch
 from broker.service.lease_admin import LeaseAdmin
 from broker.service.offers import Offers
+from broker.service.overview import Overview
 from broker.service.reconcile import Reconcile
 from broker.service.refusals import AuthenticationRefusals
 from broker.service.revoke import Revoke
@@ -41,6 +43,8 @@ class Services:
     inventory: InventoryAdmin
     reconcile: Reconcile
     sweeper: Sweeper
+    overview: Overview
+    exports: AuditExports
 
     @classmethod
     def build(cls, ctx: Context, *, issuer: str, token_algorithm: str) -> Self:
@@ -61,4 +65,6 @@ class Services:
             inventory=InventoryAdmin(ctx),
             reconcile=Reconcile(ctx),
             sweeper=Sweeper(ctx),
+            overview=Overview(ctx),
+            exports=AuditExports(ctx),
         )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from inventory.audit.canonical import parse_canonical
 from inventory.audit.chain import AuditRow
+from inventory.audit.export import export_lines
 from inventory.audit.text import OpenedText, SealedText, TextUnreadableError, open_text
 
 if TYPE_CHECKING:
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from broker.core.ports import KeyStore
-    from inventory.audit.chain import ChainHead
     from inventory.audit.export import ExportFilter
+    from inventory.audit.heads import SignedHead
+    from inventory.audit.public_keys import PublicKeys
 
 PAGE: Final = 500
 
@@ -35,8 +37,39 @@ _CONDITIONS: Final = {
 log = logging.getLogger(__name__)
 
 
+def export_up_to(
+    connection: sqlite3.Connection,
+    head: SignedHead,
+    public: PublicKeys,
+    *,
+    only: ExportFilter,
+    texts_with: KeyStore | None,
+) -> Iterator[bytes]:
+    """Yield the lines of an export of `head`'s slot up to it; `head` is part of it.
+
+    Args:
+        connection: used by whoever takes the next line, and by nobody else meanwhile.
+        head: where the export ends.
+        public: origin and public keys, for the header.
+        only: what to export.
+        texts_with: opens free texts; None leaves them out.
+
+    """
+
+    def reveal(row: AuditRow) -> dict[str, OpenedText]:
+        return {} if texts_with is None else opened_texts(connection, row, texts_with)
+
+    return export_lines(
+        rows_up_to(connection, head, only),
+        [head],
+        public,
+        only=only,
+        reveal=None if texts_with is None else reveal,
+    )
+
+
 def rows_up_to(
-    connection: sqlite3.Connection, head: ChainHead, only: ExportFilter, page: int = PAGE
+    connection: sqlite3.Connection, head: SignedHead, only: ExportFilter, page: int = PAGE
 ) -> Iterator[AuditRow]:
     """Yield the records of `head`'s slot up to it that `only` lets through, in order."""
     chosen = only.as_json()
