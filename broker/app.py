@@ -24,7 +24,7 @@ from broker.api.middleware import RequestBoundary
 from broker.api.operator import operator_app
 from broker.api.ops import ops_app
 from broker.api.readiness import Readiness
-from broker.api.tls import ServerTls
+from broker.api.tls import ServerTls, check_chain_extraction
 from broker.api.workload import workload_app
 from broker.authn.authenticator import Authenticator
 from broker.authn.bundles import BundleStore, FileBundleSource
@@ -44,6 +44,7 @@ from broker.service.audit_heads import AuditHeads
 from broker.service.backends import Backend, Backends
 from broker.service.context import Context
 from broker.service.jobs import Jobs
+from broker.service.known import KnownFacts
 from broker.service.limits import Limits
 from broker.service.services import Services
 from inventory import identities, ledger
@@ -119,6 +120,7 @@ class BrokerProcess:
         problems = settings_module.production_problems(self.settings)
         if problems:
             raise StartError(problems)
+        check_chain_extraction()
         ledger_exists = self.settings.ledger.path.exists()
         keys = FileKeyStore(self.settings.keys.path, self._clock, create=not ledger_exists)
         store = Store.open(self.settings.ledger.path, keys)
@@ -160,6 +162,7 @@ class BrokerProcess:
             backends=backends,
             telemetry=telemetry,
             limits=limits,
+            known=KnownFacts(store),
             registrations=configured.registrations,
         )
         workload = self.settings.workload

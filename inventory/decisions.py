@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import TYPE_CHECKING, Final, assert_never
 
 import orjson
 
 from broker.core.audit import AuditKind, AuditRecord
 from broker.core.decision import Allow, Decision, Deny, NeedsApproval
-from broker.core.facts import Grant, History
-from inventory.audit.canonical import canonical_bytes
+from broker.core.facts import Grant
 from inventory.store.sql import insert_sql
 from inventory.store.tables import DecisionRow
 
@@ -31,7 +31,6 @@ _REMEMBER: Final = (
     "ON CONFLICT (scope, resource, action) DO UPDATE SET last_ms = excluded.last_ms "
     "WHERE excluded.last_ms > history.last_ms + 60000"
 )
-_RECALL: Final = "SELECT resource, action FROM history WHERE scope = ? AND last_ms >= ?"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +68,7 @@ def record(tx: Transaction, made: DecisionRecord, *, text: Mapping[str, str] | N
     """Keep a decision and audit it."""
     outcome, reason = _outcome(made.decision)
     basis = made.decision.basis
+    asked = orjson.dumps(made.input, option=orjson.OPT_SORT_KEYS)
     tx.execute(
         _INSERT,
         {
@@ -81,7 +81,7 @@ def record(tx: Transaction, made: DecisionRecord, *, text: Mapping[str, str] | N
             "reason": reason,
             "policy_ids": orjson.dumps(made.policy_ids).decode(),
             "policy_hash": basis.policy_hash,
-            "input": canonical_bytes(made.input).decode(),
+            "input": asked.decode(),
         },
     )
     tx.audit(
@@ -98,6 +98,7 @@ def record(tx: Transaction, made: DecisionRecord, *, text: Mapping[str, str] | N
                 "policy_ids": made.policy_ids,
                 "failed_policy_ids": made.failed_policy_ids,
                 "policy_hash": basis.policy_hash,
+                "input_digest": sha256(asked).hexdigest(),
             },
             text=text or {},
         )
@@ -107,18 +108,19 @@ def record(tx: Transaction, made: DecisionRecord, *, text: Mapping[str, str] | N
 def remember_grant(tx: Transaction, scopes: tuple[str, ...], grant: Grant, *, at_ms: int) -> None:
     """Add a grant to the history of each scope (task and identity)."""
     for scope in scopes:
-        tx.execute(_REMEMBER, (scope, grant.resource, grant.action, at_ms))
+        if tx.execute(_REMEMBER, (scope, grant.resource, grant.action, at_ms)).rowcount:
+            tx.facts_changed()
 
 
-def history(
-    connection: sqlite3.Connection | Transaction, *, task: str | None, identity: str, since_ms: int
-) -> History:
-    """Return what was granted in the task at any time and to the identity since `since_ms`.
+def grants_of(connection: sqlite3.Connection | Transaction, scope: str) -> dict[Grant, int]:
+    """Return what was granted in a scope (a task or an identity), with when it last was."""
+    rows = connection.execute("SELECT resource, action, last_ms FROM history WHERE scope = ?", (scope,))
+    return {Grant(resource, action): last_ms for resource, action, last_ms in rows}
+
+
+def within(grants: Mapping[Grant, int], since_ms: int) -> frozenset[Grant]:
+    """Return the grants since `since_ms`.
 
     The window is extended by the refresh interval, so that coalesced writes never hide a grant.
     """
-    of_task: frozenset[Grant] = frozenset()
-    if task is not None:
-        of_task = frozenset(Grant(*row) for row in connection.execute(_RECALL, (task, 0)))
-    of_identity = connection.execute(_RECALL, (identity, since_ms - HISTORY_REFRESH_MS))
-    return History(task=of_task, identity=frozenset(Grant(*row) for row in of_identity))
+    return frozenset(grant for grant, last_ms in grants.items() if last_ms >= since_ms - HISTORY_REFRESH_MS)

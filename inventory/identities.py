@@ -123,10 +123,21 @@ def of_owner(connection: sqlite3.Connection | Transaction, owner: str) -> list[s
     return [spiffe_id for (spiffe_id,) in rows]
 
 
+def barred_but_live(connection: sqlite3.Connection) -> list[str]:
+    """Return the suspended and retired identities that still have an open task or a lease."""
+    rows = connection.execute(
+        "SELECT spiffe_id FROM identities AS i WHERE lifecycle IN ('suspended', 'retired') AND ("
+        "EXISTS (SELECT 1 FROM leases WHERE ended_ms IS NULL AND identity = i.spiffe_id) OR "
+        "EXISTS (SELECT 1 FROM tasks WHERE state = 'open' AND identity = i.spiffe_id)) ORDER BY spiffe_id"
+    )
+    return [spiffe_id for (spiffe_id,) in rows]
+
+
 def record_first_sight(
     tx: Transaction, spiffe_id: SpiffeId, registration: Registration | None, *, at_ms: int
 ) -> None:
     """Create the record of a caller seen for the first time; harmless where another did so already."""
+    tx.facts_changed()
     if get(tx, spiffe_id) is not None:
         tx.execute(
             "UPDATE identities SET first_seen_ms = coalesce(first_seen_ms, ?), last_used_ms = ?, "
@@ -191,6 +202,7 @@ def set_lifecycle(
 
 
 def _insert(tx: Transaction, registration: Registration, source: str, *, at_ms: int, seen: bool) -> None:
+    tx.facts_changed()
     identity = Identity(
         id=IdentityId.new(),
         lifecycle=Lifecycle.ACTIVE if seen else Lifecycle.DISCOVERED,
@@ -229,6 +241,7 @@ def _update(
     actor: str,
     text: dict[str, str],
 ) -> None:
+    tx.facts_changed()
     columns = ", ".join(f"{name} = :{name}" for name in changed)
     tx.execute(
         f"UPDATE identities SET {columns} WHERE id = :__id",  # noqa: S608  names of ours

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from inventory.store.writer import Transaction
 
 
+PAGE_MAX: Final = 1000
+"""Rows per read of a list."""
+
+
 class KillScope(StrEnum):
     """What a kill covers. A task's kill is its end and needs no row."""
 
@@ -32,6 +36,18 @@ class Kill:
     reason: str
     actor: str
     at_ms: int
+
+    def covers(self, identity: str, owner: str, resource: str) -> bool:
+        """Say whether an identity, its owner (empty for none) or a resource lies in the scope."""
+        match self.scope:
+            case KillScope.IDENTITY:
+                return self.value == identity
+            case KillScope.OWNER:
+                return bool(owner) and self.value == owner
+            case KillScope.RESOURCE:
+                return self.value == resource
+            case KillScope.TASK:
+                return False
 
 
 _FIND: Final = (
@@ -54,8 +70,21 @@ def every(connection: sqlite3.Connection | Transaction) -> list[Kill]:
     return [Kill(KillScope(row[0]), *row[1:]) for row in rows]
 
 
+def page(
+    connection: sqlite3.Connection | Transaction, *, after: tuple[str, str] = ("", ""), limit: int = 100
+) -> list[Kill]:
+    """Return killed scopes in order of scope and value after a cursor."""
+    rows = connection.execute(
+        "SELECT scope, value, reason, actor, at_ms FROM kills WHERE (scope, value) > (?, ?) "
+        "ORDER BY scope, value LIMIT ?",
+        (*after, min(limit, PAGE_MAX)),
+    )
+    return [Kill(KillScope(row[0]), *row[1:]) for row in rows]
+
+
 def mark(tx: Transaction, kill: Kill) -> None:
     """Kill a scope: from this commit nothing in it is issued or active."""
+    tx.facts_changed()
     tx.execute(
         "INSERT INTO kills (scope, value, reason, actor, at_ms) VALUES (?, ?, ?, ?, ?) "
         "ON CONFLICT (scope, value) DO NOTHING",
@@ -66,6 +95,7 @@ def mark(tx: Transaction, kill: Kill) -> None:
 
 def lift(tx: Transaction, scope: KillScope, value: str, *, reason: str, actor: str, at_ms: int) -> bool:
     """Lift a kill; False where there was none."""
+    tx.facts_changed()
     cursor = tx.execute("DELETE FROM kills WHERE scope = ? AND value = ?", (scope, value))
     if cursor.rowcount != 1:
         return False

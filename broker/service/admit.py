@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from broker.service.context import Context
     from inventory.store.writer import Transaction
 
+BARRED: Final = frozenset({Lifecycle.SUSPENDED, Lifecycle.RETIRED})
+"""Where an identity gets nothing, and nothing of it is active."""
+
 TOUCH_EVERY_MS: Final = 60_000
 """Last use is written at most once per identity and minute (DESIGN 8)."""
 
@@ -35,7 +38,7 @@ class Admission:
             IdentityRefused: suspended, retired, or ownerless where an owner is required.
 
         """
-        facts = identities.facts(self._ctx.store.reader, caller.spiffe_id)
+        facts = self._ctx.known.identity(caller.spiffe_id)
         if facts is None or facts.lifecycle is Lifecycle.DISCOVERED:
             facts = await self._first_sight(caller)
         check_not_barred(facts, require_owner=self._ctx.limits.require_owner)
@@ -68,7 +71,7 @@ class Admission:
 
 def check_not_barred(facts: IdentityFacts, *, require_owner: bool) -> None:
     """Raise `IdentityRefused` where the inventory bars the identity."""
-    if facts.lifecycle in {Lifecycle.SUSPENDED, Lifecycle.RETIRED}:
+    if facts.lifecycle in BARRED:
         raise IdentityRefused(
             f"This identity is {facts.lifecycle} in the inventory and gets nothing. "
             "Ask its owner, or an operator, to resume it."

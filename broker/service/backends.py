@@ -9,7 +9,8 @@ import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
-from broker.core.errors import BackendUnavailable, InvalidRequest
+from broker.core.clock import MS_PER_SECOND
+from broker.core.errors import BackendUnavailable, BrokerError, InvalidRequest
 from broker.core.ports import Effect, ErrorClass, Fence
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ FAILURES_MAX: Final = 5
 
 OPEN_MS: Final = 5_000
 """How long an open breaker refuses before it lets one trial through."""
+
+MINT_MARGIN_SECONDS: Final = 1
+"""How long before its lease's mint deadline a mint is given up."""
 
 
 class Breaker:
@@ -45,7 +49,8 @@ class Breaker:
         if not self.is_open:
             return True
         now_ms = self._clock.now_ms()
-        if now_ms < self._trial_due_ms:
+        # A trial due later than one period from now was set before the clock jumped back.
+        if self._trial_due_ms - OPEN_MS <= now_ms < self._trial_due_ms:
             return False
         self._trial_due_ms = now_ms + OPEN_MS
         return True
@@ -78,6 +83,7 @@ class Backend:
         self.capabilities = adapter.capabilities
         self.recipes = recipes
         self.breaker = Breaker(clock)
+        self._clock = clock
         self._mint_slots = asyncio.Semaphore(limits.mint_concurrency)
         self._mint_wait_seconds = limits.mint_deadline_seconds
 
@@ -105,13 +111,23 @@ class Backend:
             )
 
     @asynccontextmanager
-    async def minting(self) -> AsyncIterator[None]:
-        """Hold one of the backend's mint slots, within one total deadline from here.
+    async def minting(self, lease: Lease) -> AsyncIterator[None]:
+        """Hold one of the backend's mint slots, within one total deadline.
 
-        The deadline covers the wait for the slot: no mint may begin after the sweeper
-        has begun to look for what it could have made.
+        The deadline is the lease's own, so it covers the wait for the commit and for the slot:
+        no mint may begin after the sweeper has begun to look for what it could have made.
+
+        Raises:
+            TimeoutError: the deadline passed.
+
         """
-        async with asyncio.timeout(self._mint_wait_seconds), self._mint_slots:
+        left_seconds = min(
+            self._mint_wait_seconds,
+            (lease.mint_deadline_ms - self._clock.now_ms()) / MS_PER_SECOND - MINT_MARGIN_SECONDS,
+        )
+        if left_seconds <= 0:
+            raise TimeoutError
+        async with asyncio.timeout(left_seconds), self._mint_slots:
             with self.observed():
                 yield
 
@@ -122,6 +138,10 @@ class Backend:
     def needs_second_look(self, lease: Lease) -> bool:
         """Whether "not found" is no proof yet, because a mint may still be in flight (rule 5)."""
         return self.capabilities.fence is Fence.NONE and not lease.was_active
+
+    def last_effect_ms(self, lease: Lease) -> int:
+        """Return from when no mint of a lease can take effect any more."""
+        return lease.mint_deadline_ms + self.capabilities.t_inflight_seconds * MS_PER_SECOND
 
     @property
     def ends_only_by_expiry(self) -> bool:
@@ -146,6 +166,8 @@ class _Observed:
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         if error is None:
             self._backend.breaker.succeeded()
+        elif isinstance(error, BrokerError):
+            return  # the ledger, or a lease that was lost: says nothing of the backend
         elif isinstance(error, asyncio.CancelledError):
             self._backend.breaker.failed()  # the total deadline struck: no answer came
         elif isinstance(error, Exception):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from broker.policy.engine import PolicyEngine
     from broker.policy.registrations import Registrations
     from broker.service.backends import Backends
+    from broker.service.known import KnownFacts
     from broker.service.limits import Limits
     from inventory.store.store import Store
 
@@ -25,6 +26,7 @@ class Context:
     """Collaborators shared by the services.
 
     Attributes:
+        known: what policy is told, remembered while it is true.
         sweep_due: set by every commit that leaves work for the sweeper.
         watch: told of every lease that reaches its end.
 
@@ -39,5 +41,6 @@ class Context:
     telemetry: Telemetry
     limits: Limits
     registrations: Registrations
+    known: KnownFacts
     watch: LeaseWatch = field(default_factory=LeaseWatch)
     sweep_due: asyncio.Event = field(default_factory=asyncio.Event)

@@ -15,6 +15,8 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
+import structlog
+
 from broker.core.clock import MS_PER_SECOND
 from broker.core.decision import Allow, Basis, Deny, NeedsApproval
 from broker.core.errors import (
@@ -28,13 +30,14 @@ from broker.core.errors import (
     TaskClosed,
     UnknownObject,
 )
-from broker.core.facts import CredentialQuestion, Grant, TaskFacts
+from broker.core.facts import CredentialQuestion, Grant, History, TaskFacts
 from broker.core.ids import DecisionId, LeaseId, TaskId, backend_name
 from broker.core.lease import NEVER_ACTIVE, Cause, Lease, LeaseState, Urgency
-from broker.core.ports import NATIVE_EXPIRY_MARGIN_SECONDS, ErrorClass, Minted, MintRequest
+from broker.core.ports import NATIVE_EXPIRY_MARGIN_SECONDS, ErrorClass, Minted, MintRequest, Target
 from broker.core.spiffe_id import SpiffeId
 from broker.core.task import TaskState
 from broker.service import moves, tasks
+from broker.service.admit import BARRED, check_not_barred
 from inventory import decisions, idempotency, identities, kills, ledger
 from inventory import tasks as task_rows
 from inventory.decisions import DecisionRecord
@@ -51,7 +54,10 @@ if TYPE_CHECKING:
     from broker.service.status_indices import StatusIndices
     from broker.service.tasks import TaskSpec
     from inventory.idempotency import IdempotencyKey
+    from inventory.kills import Kill
     from inventory.store.writer import Transaction
+
+log = structlog.get_logger(__name__)
 
 FACTS_CHANGED_MAX: Final = 3
 """How often a request is decided anew because facts changed under it."""
@@ -103,6 +109,7 @@ class _Plan:
     lease: Lease
     inline: tasks.OpenedTask | None
     key: IdempotencyKey | None
+    facts_version: int
 
 
 class Issue:
@@ -124,11 +131,12 @@ class Issue:
 
         Raises:
             PolicyDenied: recorded; carries the decision.
+            IdentityRefused: suspended, killed or ownerless meanwhile.
             UnknownObject: no such task of this caller.
             TaskClosed, BudgetExhausted: the task cannot take another lease.
             IdempotencyMismatch, StillMinting: the key was used before.
             BackendUnavailable, MintFailed, LeaseLost: nothing usable was released.
-            LedgerUnavailable, Overloaded: nothing was recorded, nothing was minted.
+            LedgerUnavailable, Overloaded: nothing was released; what was recorded is being ended.
 
         """
         started = time.monotonic()
@@ -136,8 +144,6 @@ class Issue:
             try:
                 issued = await self._attempt(caller, facts, request, key)
             except FactsChangedError:
-                fresh = identities.facts(self._ctx.store.reader, caller.spiffe_id)
-                facts = facts if fresh is None else fresh
                 continue
             if issued.credential is not None:
                 self._ctx.telemetry.issued(issued.lease.adapter, time.monotonic() - started)
@@ -169,7 +175,12 @@ class Issue:
         key: IdempotencyKey | None,
     ) -> _Plan:
         """Ask policy; record and raise a refusal, return a plan for an Allow."""
-        now_ms = self._ctx.clock.now_ms()
+        known, now_ms = self._ctx.known, self._ctx.clock.now_ms()
+        facts_version = known.refresh()
+        facts = known.identity(caller.spiffe_id) or facts
+        # It may have been suspended or killed since it was admitted.
+        check_not_barred(facts, require_owner=self._ctx.limits.require_owner)
+        refuse_killed(known.kill(identity=facts.spiffe_id, owner=facts.owner, resource=request.resource))
         inline, task = await self._task_of(caller, facts, request, now_ms)
         granted = self._ctx.catalog.action(request.resource, request.action)
         ttl_seconds = _ttl_seconds(request, granted, task, now_ms)
@@ -186,8 +197,7 @@ class Issue:
             action=request.action,
             ttl_seconds=ttl_seconds,
             intent=request.intent,
-            history=decisions.history(
-                self._ctx.store.reader,
+            history=known.history(
                 task=task.id if inline is None else None,
                 identity=caller.spiffe_id,
                 since_ms=self._since_ms(now_ms),
@@ -216,6 +226,7 @@ class Issue:
             lease=lease,
             inline=inline,
             key=key,
+            facts_version=facts_version,
         )
 
     async def _task_of(
@@ -295,7 +306,8 @@ class Issue:
             answer = self._settle_repeat(tx, plan.key, now_ms)
             if answer is not None:
                 return answer
-        self._check_same_facts(tx, plan.question, inline=plan.inline is not None)
+        if tx.facts_version != plan.facts_version:
+            self._check_same_facts(tx, plan.question, inline=plan.inline is not None)
         if plan.inline is not None:
             self._tasks.record(tx, plan.inline)
         task_rows.take_from_budget(tx, lease.task_id, now_ms)
@@ -305,7 +317,7 @@ class Issue:
             text=_claims(plan.request),
         )
         grant = Grant(lease.resource, lease.action)
-        decisions.remember_grant(tx, (lease.task_id, lease.identity), grant, at_ms=now_ms)
+        self._remember_grant(tx, grant, (lease.task_id, lease.identity), now_ms)
         moves.created(
             self._ctx,
             tx,
@@ -348,15 +360,27 @@ class Issue:
         identity = question.identity
         if identities.facts(tx, identity.spiffe_id) != identity:
             raise FactsChangedError
-        history = decisions.history(
-            tx,
-            task=None if inline else question.task.task_id,
-            identity=identity.spiffe_id,
-            since_ms=self._since_ms(question.now_ms),
+        task_id = question.task.task_id
+        of_task = decisions.within({} if inline or task_id is None else decisions.grants_of(tx, task_id), 0)
+        of_identity = decisions.within(
+            decisions.grants_of(tx, identity.spiffe_id), self._since_ms(question.now_ms)
         )
-        if history != question.history:
+        if History(task=of_task, identity=of_identity) != question.history:
             raise FactsChangedError
-        check_not_killed(tx, identity=identity, resource=question.resource)
+        refuse_killed(
+            kills.find(tx, identity=identity.spiffe_id, owner=identity.owner, resource=question.resource)
+        )
+
+    def _remember_grant(self, tx: Transaction, grant: Grant, scopes: tuple[str, ...], now_ms: int) -> None:
+        """Add the grant to the history of task and identity, unless it was noted within the minute."""
+        known = self._ctx.known
+        stale = tuple(
+            scope
+            for scope in scopes
+            if now_ms - known.last_granted_ms(scope, grant) > decisions.HISTORY_REFRESH_MS
+        )
+        if stale:
+            decisions.remember_grant(tx, stale, grant, at_ms=now_ms)
 
     def _since_ms(self, now_ms: int) -> int:
         return now_ms - self._ctx.limits.history_window_seconds * MS_PER_SECOND
@@ -383,7 +407,7 @@ class Issue:
     async def _mint_and_activate(self, plan: _Plan) -> Issued:
         lease = plan.lease
         try:
-            async with plan.backend.minting():
+            async with plan.backend.minting(lease):
                 lease, minted = await self._mint(plan.backend, lease, plan.granted)
         except BrokerError:
             raise
@@ -394,6 +418,7 @@ class Issue:
         active = await self._ctx.store.writer.run(lambda tx: self._activate(tx, lease, minted, digest))
         if active is None:
             self._ctx.telemetry.mint_failed(lease.adapter, "lost")
+            await self._revoke_lost(plan, lease, minted)
             raise _lost(lease)
         return Issued(lease=active, credential=minted.credential, basis=plan.basis)
 
@@ -417,11 +442,35 @@ class Issue:
             lease, request = prepared, replace(request, handle=handle)
         return lease, await backend.adapter.mint(request)
 
+    async def _revoke_lost(self, plan: _Plan, lease: Lease, minted: Minted) -> None:
+        """Undo a mint whose lease was ended meanwhile (rule 2).
+
+        The sweeper proves the end; but only here the handle is known that the backend gave it.
+        """
+        target = Target(
+            lease_id=lease.id,
+            backend_name=lease.backend_name,
+            recipe=plan.granted.recipe,
+            handle=minted.handle if minted.handle is not None else lease.handle,
+            kept=minted.keep,
+        )
+        try:
+            with plan.backend.observed():
+                async with asyncio.timeout(self._ctx.limits.claim_visibility_seconds):
+                    await plan.backend.adapter.revoke(target)
+        except Exception as error:  # noqa: BLE001  any vendor's exception: the sweeper goes on trying
+            log.warning("issue.lost_mint_not_revoked", lease_id=lease.id, error=type(error).__name__)
+
     def _activate(self, tx: Transaction, lease: Lease, minted: Minted, digest: str) -> Lease | None:
         """Move to ACTIVE. Only whoever gets a lease back here may release the secret (rule 2).
 
-        A task that ended meanwhile moved the lease in its own transaction, so the guard sees it.
+        A task that ended meanwhile moved the lease in its own transaction, so the guard sees it;
+        a kill and a suspension close their scope first and move its leases afterwards.
         """
+        overtaken = self._overtaken_by(tx, lease)
+        if overtaken is not None:
+            moves.end(self._ctx, tx, lease, overtaken, actor="broker")
+            return None
         sealed = None
         if minted.keep is not None:
             sealed = self._ctx.keys.seal(minted.keep.reveal(), lease.id.encode())
@@ -439,26 +488,38 @@ class Issue:
             next_action_ms=lease.expires_ms,
         )
 
+    def _overtaken_by(self, tx: Transaction, lease: Lease) -> Cause | None:
+        """Return why a credential minted a moment ago must not be released any more."""
+        holder = identities.facts(tx, SpiffeId(lease.identity))
+        if holder is None or holder.lifecycle in BARRED:
+            return Cause.SUSPENDED
+        if kills.find(tx, identity=lease.identity, owner=holder.owner, resource=lease.resource) is not None:
+            return Cause.KILL
+        return Cause.EXPIRY if lease.expires_ms <= self._ctx.clock.now_ms() else None
+
     async def _mint_failed(self, backend: Backend, lease: Lease, error: Exception) -> MintFailed:
         """Move the lease where the error says it belongs, and return what to tell the caller."""
         certain = backend.adapter.classify(error) is ErrorClass.PERMANENT
-        target = LeaseState.FAILED if certain else LeaseState.REVOKE_PENDING
-        cause = Cause.MINT_REFUSED if certain else Cause.MINT_AMBIGUOUS
-        now_ms = self._ctx.clock.now_ms()
-        due_ms = None if certain else now_ms
         self._ctx.telemetry.mint_failed(lease.adapter, "refused" if certain else "ambiguous")
-        await self._ctx.store.writer.run(
-            lambda tx: moves.move(
+
+        def record(tx: Transaction) -> None:
+            # Read anew: a two-step mint that fails has a handle on record already.
+            now = ledger.get(tx, lease.id)
+            if now is None or now.state not in NEVER_ACTIVE:
+                return
+            nothing_made = certain and now.state is LeaseState.INTENT
+            moves.move(
                 self._ctx,
                 tx,
-                lease,
-                target,
-                cause,
+                now,
+                LeaseState.FAILED if nothing_made else LeaseState.REVOKE_PENDING,
+                Cause.MINT_REFUSED if certain else Cause.MINT_AMBIGUOUS,
                 actor="broker",
                 last_error=type(error).__name__,
-                next_action_ms=due_ms,
+                next_action_ms=None if nothing_made else self._ctx.clock.now_ms(),
             )
-        )
+
+        await self._ctx.store.writer.run(record)
         detail = (
             "The backend refused to mint this credential; nothing was made. Tell the resource's owner."
             if certain
@@ -467,9 +528,8 @@ class Issue:
         return MintFailed(detail, retry_after_seconds=5, lease_id=lease.id, task_id=lease.task_id)
 
 
-def check_not_killed(tx: Transaction, *, identity: IdentityFacts, resource: str) -> None:
+def refuse_killed(kill: Kill | None) -> None:
     """Raise `IdentityRefused` where the kill switch covers identity, owner or resource."""
-    kill = kills.find(tx, identity=identity.spiffe_id, owner=identity.owner, resource=resource)
     if kill is not None:
         raise IdentityRefused(
             f"An operator has killed this {kill.scope}: nothing is issued for it until that is lifted."
@@ -482,6 +542,11 @@ def _ttl_seconds(request: CredentialRequest, granted: CatalogAction | None, task
     if asked is None:
         asked = 60 if granted is None else granted.ttl_seconds_default
     remaining = (task.deadline_ms - now_ms) // MS_PER_SECOND
+    if remaining < 1:
+        raise TaskClosed(
+            "The task ends within a second; nothing more is issued under it. Open another task.",
+            task_id=task.id,
+        )
     return max(1, min(asked, remaining))
 
 

@@ -124,8 +124,7 @@ class Tasks:
             ),
             deadline_seconds=spec.deadline_seconds,
             budget_leases=spec.budget_leases,
-            history=decisions.history(
-                self._ctx.store.reader,
+            history=self._ctx.known.history(
                 task=None,
                 identity=caller.spiffe_id,
                 since_ms=now_ms - self._ctx.limits.history_window_seconds * MS_PER_SECOND,
@@ -196,7 +195,8 @@ class Tasks:
     def _check_still_welcome(self, tx: Transaction, caller: Caller, facts: IdentityFacts) -> None:
         """Raise where the identity was suspended or killed since it was admitted."""
         now = identities.facts(tx, caller.spiffe_id)
-        kill = kills.find(tx, identity=caller.spiffe_id, owner=facts.owner, resource="")
+        owner = facts.owner if now is None else now.owner
+        kill = kills.find(tx, identity=caller.spiffe_id, owner=owner, resource="")
         if kill is not None or now is None or now.lifecycle is not facts.lifecycle:
             raise IdentityRefused(
                 "This identity was suspended or killed while the request was served; it gets nothing."

@@ -46,16 +46,47 @@ _INSERT_AUDIT: Final = positional_insert_sql(AuditRow)
 _INSERT_AUDIT_TEXT: Final = positional_insert_sql(AuditTextRow)
 
 
+class FactsVersion:
+    """Counts changes of what policy is told, so that facts read a moment ago need no second read.
+
+    It rises when a unit makes such a change, for the units after it in the same batch, and
+    again once the change is durable, for readers that still saw the state before. So equal
+    versions mean that nothing changed in between; unequal ones mean look again.
+    """
+
+    __slots__ = ("current",)
+
+    def __init__(self) -> None:
+        self.current = 0
+
+    def raise_it(self) -> None:
+        """Count one change."""
+        self.current += 1
+
+
 class Transaction:
     """What a unit of work may touch: statements, audit records, and hooks for after the commit."""
 
-    __slots__ = ("_after", "_connection", "_keys", "head")
+    __slots__ = ("_after", "_connection", "_keys", "_versions", "head")
 
-    def __init__(self, connection: sqlite3.Connection, head: ChainHead, keys: KeyStore) -> None:
+    def __init__(
+        self, connection: sqlite3.Connection, head: ChainHead, keys: KeyStore, versions: FactsVersion
+    ) -> None:
         self._connection = connection
         self._keys = keys
+        self._versions = versions
         self._after: list[Callable[[], None]] = []
         self.head = head
+
+    @property
+    def facts_version(self) -> int:
+        """What `FactsVersion.current` is for this unit."""
+        return self._versions.current
+
+    def facts_changed(self) -> None:
+        """Say that this unit changes what policy is told: identities, grants, or the kill switch."""
+        self._versions.raise_it()
+        self._after.append(self._versions.raise_it)
 
     def execute(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> sqlite3.Cursor:
         """Run one statement."""
@@ -96,6 +127,7 @@ class Writer:
 
     Attributes:
         head: where the audit chain stands after the last durable commit.
+        facts: counts changes of what policy is told.
         commits: how many commits were made, units how many units they held: for metrics.
 
     """
@@ -113,6 +145,7 @@ class Writer:
         self._task: asyncio.Task[None] | None = None
         self._closing = False
         self.head = head
+        self.facts = FactsVersion()
         self.commits = 0
         self.units = 0
         self.last_failure: str | None = None
@@ -226,7 +259,7 @@ class Writer:
 
     def _run_unit(self, item: _Item[Any], head: ChainHead) -> ChainHead:
         """Run one unit in a savepoint and return the chain's head after it."""
-        transaction = Transaction(self._connection, head, self._keys)
+        transaction = Transaction(self._connection, head, self._keys, self.facts)
         item.error, item.hooks = None, ()
         self._connection.execute("SAVEPOINT unit")
         try:

@@ -104,8 +104,7 @@ async def test_a_late_mint_finds_the_fence(world: World) -> None:
     with pytest.raises(MintFailed):
         await world.ask(task)
     await world.drain()
-    with pytest.raises(Exception, match="revoked"):
-        world.server.land()
+    world.server.land()
     assert world.server.logins == {}
 
 
@@ -120,10 +119,9 @@ async def test_a_late_mint_without_a_fence_is_found_by_the_second_look(tmp_path:
         await world.drain()
         server.land()
         assert server.logins
-        world.clock.advance(seconds=11)
-        await world.drain()
-        world.clock.advance(seconds=300)
-        await world.drain()
+        for _ in range(5):
+            world.clock.advance(seconds=60)
+            await world.drain()
         assert server.logins == {}
 
 

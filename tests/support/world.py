@@ -24,6 +24,7 @@ from broker.policy.registrations import Registrations
 from broker.service.backends import Backend, Backends
 from broker.service.context import Context
 from broker.service.issue import CredentialRequest, Issued
+from broker.service.known import KnownFacts
 from broker.service.limits import Limits
 from broker.service.services import Services
 from broker.service.tasks import TaskSpec
@@ -123,6 +124,7 @@ class World:
             backends=Backends(backends),
             telemetry=SilentTelemetry(),
             limits=limits,
+            known=KnownFacts(store),
             registrations=Registrations.load(policies / "identities.yaml"),
         )
         services = Services.build(ctx, issuer=ISSUER, token_algorithm="ES256")
