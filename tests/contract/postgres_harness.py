@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 from typing import TYPE_CHECKING
 
 import asyncpg
@@ -57,7 +58,7 @@ class PostgresHarness(ExternalHarness):
         self.proxy = proxy
         self.instance = InstanceTag.new()
         self.login = f"nhi_broker_{self.instance}"
-        self.password = Secret("a broker's own password")
+        self.password = Secret(secrets.token_urlsafe(16))
         self.recipe = {"database": orders.name, "group": orders.reader}
         self.bad_recipes = (
             {},
