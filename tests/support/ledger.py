@@ -19,7 +19,7 @@ from inventory.audit.public_keys import PublicKeys
 from inventory.audit.verify import verify_database
 from inventory.store import engine
 from inventory.store.store import last_head
-from inventory.store.writer import Transaction, Writer
+from inventory.store.writer import FactsVersion, Transaction, Writer
 from tests.support.audit_log import MemoryKeys
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Immediate:
 
     def __enter__(self) -> Transaction:
         self._connection.execute("BEGIN IMMEDIATE")
-        return Transaction(self._connection, ChainHead(0, *self._head()), self._keys)  # type: ignore[arg-type]  # the audit half of a key store
+        return Transaction(self._connection, ChainHead(0, *self._head()), self._keys, FactsVersion())  # type: ignore[arg-type]  # the audit half of a key store
 
     def _head(self) -> tuple[int, bytes]:
         head = last_head(self._connection, 0)
