@@ -63,7 +63,9 @@ def code_spans(page: str) -> list[str]:
 
 def section(page: str, heading: str) -> str:
     """The text below one heading, up to the next of any level."""
-    found = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ |\Z)", prose_of(page), re.MULTILINE | re.DOTALL)
+    found = re.search(
+        rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ |\Z)", prose_of(page), re.MULTILINE | re.DOTALL
+    )
     assert found is not None, f"{page} has no heading {heading!r}"
     return found[1]
 
