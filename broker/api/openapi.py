@@ -37,8 +37,8 @@ _LISTENERS: Final[Mapping[str, tuple[str, str, tuple[Operation, ...]]]] = {
         "nhi-broker: workload listener",
         (
             "For workloads and agents, over TLS 1.3. A caller proves who it is with a JWT-SVID as bearer "
-            "token, an X.509-SVID as client certificate, or both of one SPIFFE ID. An id in a path is never a "
-            "capability: what belongs to another caller answers exactly as what does not exist."
+            "token, an X.509-SVID as client certificate, or both of one SPIFFE ID. An id in a path is "
+            "never a capability: what belongs to another caller answers exactly as what does not exist."
         ),
         workload.OPERATIONS,
     ),
@@ -46,8 +46,8 @@ _LISTENERS: Final[Mapping[str, tuple[str, str, tuple[Operation, ...]]]] = {
         "nhi-broker: operator listener",
         (
             "For operators, over a Unix socket on the broker's host. The kernel says who is at the other "
-            "end: root and the broker's own user may operate it, everybody else is answered 403. Each change is "
-            "audited with the operator's user id."
+            "end: root and the broker's own user may operate it, everybody else is answered 403. Each "
+            "change is audited with the operator's user id."
         ),
         operator.OPERATIONS,
     ),
