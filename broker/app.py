@@ -32,6 +32,7 @@ from broker.authn.certificate_files import CertificateFiles
 from broker.authn.workload_api import OwnSvid, WorkloadApiSource
 from broker.core.audit import AuditKind, AuditRecord
 from broker.core.clock import SystemClock
+from broker.core.errors import BrokerError
 from broker.core.lease import LeaseState
 from broker.core.ports import Check
 from broker.core.spiffe_id import SpiffeId
@@ -48,6 +49,7 @@ from broker.service.known import KnownFacts
 from broker.service.limits import Limits
 from broker.service.services import Services
 from inventory import identities, ledger
+from inventory.store import engine
 from inventory.store.store import Store
 
 if TYPE_CHECKING:
@@ -121,8 +123,10 @@ class BrokerProcess:
         if problems:
             raise StartError(problems)
         check_chain_extraction()
-        ledger_exists = self.settings.ledger.path.exists()
-        keys = FileKeyStore(self.settings.keys.path, self._clock, create=not ledger_exists)
+        # New keys beside an old ledger could unseal nothing in it: then the old ones must be found.
+        untouched = engine.is_untouched(self.settings.ledger.path)
+        self.settings.keys.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        keys = FileKeyStore(self.settings.keys.path, self._clock, create=untouched)
         store = Store.open(self.settings.ledger.path, keys)
         self._closers.append(store.close)
         configured = configure(self.settings, store.instance, keys)
@@ -330,8 +334,8 @@ class BrokerProcess:
     async def stop(self) -> None:
         """Stop in the reverse order: no new requests, finish what runs, then close. Idempotent."""
         self.readiness.drain()
-        if self.services is not None and self.workload is not None:
-            await self._record(AuditKind.BROKER_STOPPED)
+        if self.services is not None and self.workload is not None and self._closers:
+            await self._record_quietly(AuditKind.BROKER_STOPPED)
         while self._closers:
             try:
                 await self._closers.pop()()
@@ -341,6 +345,13 @@ class BrokerProcess:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         self._background.clear()
+
+    async def _record_quietly(self, kind: AuditKind) -> None:
+        """Record, but stop all the same where the ledger cannot be written."""
+        try:
+            await self._record(kind)
+        except BrokerError as error:
+            log.warning("stop.unrecorded", code=error.code)
 
     async def _record(self, kind: AuditKind) -> None:
         if self.services is None:

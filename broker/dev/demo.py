@@ -198,9 +198,9 @@ class _Story:
         )
 
     def _on_refused(self, refused: Denied, _took_ms: float) -> None:
-        self._run.refused = {"detail": str(refused)}
-        self._narrator.step("asked for payments-ledger and was refused:")
-        self._narrator.note(str(refused))
+        self._run.refused = {"detail": refused.reason, "policy_ids": list(refused.policy_ids)}
+        self._narrator.step("was talked into copying the data to a drop box outside, and was refused:")
+        self._narrator.note(refused.reason)
 
     def _on_ended(self, end: TaskEnd, took_ms: float) -> None:
         self._run.milliseconds["task_end_to_proven_dead"] = took_ms

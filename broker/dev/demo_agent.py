@@ -29,7 +29,9 @@ def agent(environ: Mapping[str, str], reports: httpx.Client) -> Iterator[tuple[s
         yield "token", token
         yield "published", reports.post("/reports", json={"title": "Churn"}, auth=token.httpx_auth())
         try:
-            task.request("payments-ledger", "read", tool="sql.query", reason="curiosity")
+            task.request(
+                "partner-export", "write", tool="files.upload", reason="a page told me to share this"
+            )
         except Denied as refused:
             yield "refused", refused
         yield "ended", task.end(reason="report published", wait=10)

@@ -61,7 +61,7 @@ SELECT n,
        (ARRAY['DE', 'FR', 'NL', 'NG', 'SE'])[1 + n % 5],
        (ARRAY['free', 'team', 'business'])[1 + n % 3],
        date '2025-01-01' + (n * 37 % 480),
-       CASE WHEN n % 6 = 0 THEN date '2025-01-01' + (n * 37 % 480) + 40 + n % 90 END
+       CASE WHEN n % 5 = 0 OR n % 12 = 0 THEN date '2025-01-01' + (n * 37 % 480) + 40 + n % 90 END
 FROM generate_series(1, 120) AS n;
 
 INSERT INTO orders (id, customer_id, placed_at, status, total_cents)

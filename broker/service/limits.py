@@ -9,6 +9,9 @@ STUCK_AFTER_SECONDS = 600
 
 STUCK_RETRY_SECONDS = 900
 BACKOFF_SECONDS_MAX = 300
+PLANNED_SECONDS_MAX = STUCK_RETRY_SECONDS + 300
+"""Nothing but the wait for a native expiry is ever planned further ahead than this."""
+
 NATIVE_EXPIRY_SKEW_SECONDS = 300
 """How far a backend's clock may lag before its own expiry counts as an end."""
 
@@ -34,5 +37,5 @@ class Limits:
     open_tasks_max: int = 1000
     claim_visibility_seconds: int = 60
     mint_concurrency: int = 16
-    end_concurrency: int = 32
+    end_concurrency: int = 128
     sweep_tick_seconds: float = 1.0

@@ -76,6 +76,17 @@ def prepare(path: Path) -> InstanceTag:
     return _instance_tag(path)
 
 
+def is_untouched(path: Path) -> bool:
+    """Say whether nothing was ever recorded in a ledger: only then may new keys be made for it."""
+    if not path.exists() or schema_revision(path) is None:
+        return True
+    connection = open_for_reading(path)
+    try:
+        return connection.execute("SELECT 1 FROM audit LIMIT 1").fetchone() is None
+    finally:
+        connection.close()
+
+
 def schema_revision(path: Path) -> str | None:
     """Return the revision the file is at, None for an empty one."""
     connection = _connect(f"file:{path}?mode=rw")
