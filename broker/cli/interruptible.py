@@ -19,19 +19,22 @@ STOPPING: Final = (signal.SIGINT, signal.SIGTERM)
 _SIGNALLED: Final = 128
 
 
-def run_until_signalled(
-    main: Coroutine[Any, Any, T], loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
-) -> T:
+def _nothing() -> None:
+    return None
+
+
+def run_until_signalled(main: Coroutine[Any, Any, T], *, before_leaving: Callable[[], None] = _nothing) -> T:
     """Run a coroutine to its end; SIGINT or SIGTERM cancels it, waits, and exits with 128 + n.
 
     A second signal is only acknowledged: what was started must be stopped, or it stays behind.
     """
     received: list[int] = []
-    with asyncio.Runner(loop_factory=loop_factory) as runner:
+    with asyncio.Runner() as runner:
         try:
             return runner.run(_cancelled_by_signals(main, received))
         except BaseException:
             if received:  # whatever it raised, it was on its way out because it was told to
+                before_leaving()
                 _leave_now(_SIGNALLED + received[0])
             raise
 

@@ -12,7 +12,15 @@ from broker.keys.key_file import KeyStoreError
 from inventory.audit.heads import HeadCopyError
 from inventory.store.engine import LedgerSchemaError
 
-_OURS = (ListenerError, TlsConfigError, BundleError, SpiffeIdError, KeyStoreError, LedgerSchemaError)
+_OURS = (
+    HeadCopyError,
+    ListenerError,
+    TlsConfigError,
+    BundleError,
+    SpiffeIdError,
+    KeyStoreError,
+    LedgerSchemaError,
+)
 
 
 def problems_of(error: BaseException) -> tuple[str, ...] | None:
@@ -21,7 +29,7 @@ def problems_of(error: BaseException) -> tuple[str, ...] | None:
         return error.problems
     if isinstance(error, BrokerError):
         return (error.detail,)
-    if isinstance(error, HeadCopyError | _OURS):
+    if isinstance(error, _OURS):
         return (str(error),)
     if isinstance(error, OSError):
         where = "" if error.filename is None else f"{error.filename}: "
