@@ -48,7 +48,9 @@ from broker.service.jobs import Jobs
 from broker.service.known import KnownFacts
 from broker.service.limits import Limits
 from broker.service.services import Services
-from inventory import identities, ledger
+from inventory import findings, identities, ledger
+from inventory.audit.heads import HeadCopy
+from inventory.findings import Finding
 from inventory.store import engine
 from inventory.store.store import Store
 
@@ -127,14 +129,17 @@ class BrokerProcess:
         untouched = engine.is_untouched(self.settings.ledger.path)
         self.settings.keys.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         keys = FileKeyStore(self.settings.keys.path, self._clock, create=untouched)
-        store = Store.open(self.settings.ledger.path, keys)
+        self._closers.append(_as_async(engine.claim(self.settings.ledger.path)))
+        copy = HeadCopy(self.settings.audit.copy_directory)
+        store = Store.open(self.settings.ledger.path, keys, copy)
         self._closers.append(store.close)
         configured = configure(self.settings, store.instance, keys)
         services, telemetry = self._build_services(store, keys, configured)
         self.services = services
-        heads = AuditHeads(services.ctx, self.settings.audit.copy_directory)
+        heads = AuditHeads(services.ctx, copy)
         self._closers.append(_as_async(heads.close))
         self._closers.append(services.ctx.backends.close)
+        await self._report_slots_behind(services)
         await self._register(services, configured.registrations)
         await self._start_identity()
         await self._start_listeners(services, telemetry, heads)
@@ -183,6 +188,20 @@ class BrokerProcess:
             sweep_tick_seconds=chosen.sweep_tick_seconds,
         )
 
+    async def _report_slots_behind(self, services: Services) -> None:
+        """Raise the alarm where the ledger does not reach its own signed heads."""
+        for slot in services.ctx.store.slots_behind:
+            log.error("audit.chain_behind_its_copy", slot=slot)
+            finding = Finding(
+                "audit-chain-behind",
+                f"slot:{slot}",
+                {"cause": "restored from a backup, or its tail was cut"},
+                self._clock.now_ms(),
+            )
+            await services.ctx.store.writer.run(
+                partial(findings.open_finding, finding=finding, actor="broker")
+            )
+
     async def _register(self, services: Services, registrations: Registrations) -> None:
         now_ms = self._clock.now_ms()
         for registration in registrations:
@@ -215,8 +234,8 @@ class BrokerProcess:
             raise StartError(
                 [
                     (
-                        "The broker's own certificate did not arrive: check identity.workload_api_socket (is the "
-                        "agent running, and is there an entry for the broker?) or the certificate files."
+                        "The broker's own certificate did not arrive: check identity.workload_api_socket (is "
+                        "the agent running, has it an entry for the broker?) or the certificate files."
                     )
                 ]
             ) from None

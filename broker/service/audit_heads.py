@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from inventory.audit.heads import HeadCopy, HeadCopyError, HeadSigner
+from inventory.audit.heads import HeadCopyError, HeadSigner
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from broker.service.context import Context
     from inventory.audit.chain import ChainHead
+    from inventory.audit.heads import HeadCopy
 
 log = structlog.get_logger(__name__)
 
@@ -25,10 +24,10 @@ class AuditHeads:
 
     """
 
-    def __init__(self, ctx: Context, directory: Path) -> None:
+    def __init__(self, ctx: Context, copy: HeadCopy) -> None:
         self._ctx = ctx
         self._signer = HeadSigner(ctx.keys, ctx.store.instance)
-        self._copy = HeadCopy(directory)
+        self._copy = copy
         self._copied: ChainHead | None = None
         self.failing: str | None = None
 

@@ -179,7 +179,8 @@ class HeadCopy:
         self._directory = directory
         self._descriptor: int | None = None
         self._day = ""
-        self._latest: dict[int, SignedHead] | None = None
+        self._latest: dict[int, SignedHead] = {}
+        self._unread: list[Path] | None = None
 
     def append(self, head: SignedHead) -> None:
         """Write one head and return once it is durable.
@@ -201,13 +202,19 @@ class HeadCopy:
                 f"cannot copy the signed head to {self._directory}: {error.strerror or error}. Free space or "
                 "mend the mount; until then a cut tail of the audit log would go undetected"
             ) from error
-        if self._latest is not None:
-            self._latest[head.slot] = head
+        self._latest[head.slot] = head
 
     def latest(self, slot: int) -> SignedHead | None:
-        """Return the last head copied for `slot`, or None."""
-        if self._latest is None:
-            self._latest = {h.slot: h for h in self.read_all() if isinstance(h, SignedHead)}
+        """Return the last head copied for `slot`, or None.
+
+        Reads the newest files first and no further than needed: years of heads cost a restart nothing.
+        """
+        if self._unread is None:
+            self._unread = self._files()
+        while slot not in self._latest and self._unread:
+            newest_left = self._unread.pop()
+            in_file = {head.slot: head for head in read_heads(newest_left) if isinstance(head, SignedHead)}
+            self._latest = in_file | self._latest
         return self._latest.get(slot)
 
     def read_all(self) -> Iterator[SignedHead | UnreadableHead]:

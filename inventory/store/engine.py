@@ -6,6 +6,7 @@ survives a power cut.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sqlite3
 from typing import TYPE_CHECKING, Final
@@ -14,6 +15,7 @@ from broker.core.errors import LedgerUnavailable
 from broker.core.ids import InstanceTag
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 SCHEMA_REVISION: Final = "0001"
@@ -26,6 +28,10 @@ _FILE_MODE: Final = 0o600
 
 class LedgerSchemaError(RuntimeError):
     """The ledger's schema is not the one this version of the broker needs."""
+
+
+class LedgerInUseError(RuntimeError):
+    """Another process has claimed the ledger."""
 
 
 def open_for_writing(path: Path) -> sqlite3.Connection:
@@ -74,6 +80,30 @@ def prepare(path: Path) -> InstanceTag:
 
         upgrade(path)
     return _instance_tag(path)
+
+
+def claim(path: Path) -> Callable[[], None]:
+    """Take the ledger for this process; the returned function gives it back.
+
+    What is remembered of the ledger (`FactsVersion`) is true only while this process alone
+    writes to it. The kernel gives the claim back when the process ends, however that happens.
+
+    Raises:
+        LedgerInUseError: another broker has it.
+
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(
+        path.with_name(path.name + ".lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, _FILE_MODE
+    )
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise LedgerInUseError(
+            "Another broker is running on this ledger. An SQLite ledger serves one process: stop the other."
+        ) from None
+    return lambda: os.close(descriptor)
 
 
 def is_untouched(path: Path) -> bool:

@@ -18,7 +18,7 @@ from inventory.audit.chain import ChainHead
 from inventory.audit.public_keys import PublicKeys
 from inventory.audit.verify import verify_database
 from inventory.store import engine
-from inventory.store.store import last_head
+from inventory.audit.slots import last_head
 from inventory.store.writer import FactsVersion, Transaction, Writer
 from tests.support.audit_log import MemoryKeys
 
