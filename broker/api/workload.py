@@ -20,10 +20,9 @@ from broker.core import errors as core
 from broker.core.facts import Intent
 from broker.core.ids import DecisionId, LeaseId, MalformedIdError, TaskId
 from broker.core.lease import TERMINAL
-from broker.core.task import DEADLINE_SECONDS_DEFAULT
 from broker.service import idempotency, issue, tasks
 from broker.service.issue import CredentialRequest
-from broker.service.tasks import BUDGET_DEFAULT, TaskSpec
+from broker.service.tasks import TaskSpec
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -188,6 +187,7 @@ class CredentialRoutes:
 
     def __init__(self, services: Services) -> None:
         self._issue = services.issue
+        self._tasks = services.tasks
         self._revoke = services.revoke
 
     async def request(self, request: Request, who: Admitted) -> Response:
@@ -197,10 +197,30 @@ class CredentialRoutes:
         issued = await self._issue.request(
             who.caller,
             who.facts,
-            _credential_request(asked),
+            self._credential_request(asked),
             idempotency.presented(who.caller, issue.ROUTE, key, body),
         )
         return _issued_response(issued)
+
+    def _credential_request(self, asked: schemas.CredentialRequest) -> CredentialRequest:
+        task: TaskId | TaskSpec
+        if isinstance(asked.task, str):
+            task = TaskId(asked.task)  # the schema has checked its form
+        else:
+            deadline_seconds, _ = self._tasks.defaults(asked.task.purpose)
+            task = TaskSpec(
+                purpose=asked.task.purpose,
+                description=asked.task.description or "",
+                deadline_seconds=asked.task.deadline_seconds or deadline_seconds,
+                inline=True,
+            )
+        return CredentialRequest(
+            task=task,
+            resource=asked.resource,
+            action=asked.action,
+            intent=Intent(tool=asked.intent.tool, reason=asked.intent.reason),
+            ttl_seconds=asked.ttl_seconds,
+        )
 
     async def read(self, request: Request, who: Admitted) -> Response:
         """Serve `READ_LEASE`."""
@@ -216,26 +236,6 @@ class CredentialRoutes:
             wait_seconds=prefer_wait_seconds(request.scope),
         )
         return json_response(lease_view(lease), OK if lease.state in TERMINAL else ACCEPTED)
-
-
-def _credential_request(asked: schemas.CredentialRequest) -> CredentialRequest:
-    task: TaskId | TaskSpec
-    if isinstance(asked.task, str):
-        task = TaskId(asked.task)  # the schema has checked its form
-    else:
-        task = TaskSpec(
-            purpose=asked.task.purpose,
-            description=asked.task.description or "",
-            deadline_seconds=asked.task.deadline_seconds or DEADLINE_SECONDS_DEFAULT,
-            inline=True,
-        )
-    return CredentialRequest(
-        task=task,
-        resource=asked.resource,
-        action=asked.action,
-        intent=Intent(tool=asked.intent.tool, reason=asked.intent.reason),
-        ttl_seconds=asked.ttl_seconds,
-    )
 
 
 def _issued_response(issued: Issued) -> Response:
@@ -261,14 +261,15 @@ class TaskRoutes:
     async def open(self, request: Request, who: Admitted) -> Response:
         """Serve `OPEN_TASK`."""
         asked, body = await read_model(request, schemas.TaskRequest)
+        deadline_seconds, budget_leases = self._tasks.defaults(asked.purpose)
         spec = TaskSpec(
             purpose=asked.purpose,
             description=asked.description or "",
             resources=asked.resources,
             actions=asked.actions,
             classification_max=asked.classification_max,
-            budget_leases=asked.budget_leases or BUDGET_DEFAULT,
-            deadline_seconds=asked.deadline_seconds or DEADLINE_SECONDS_DEFAULT,
+            budget_leases=asked.budget_leases or budget_leases,
+            deadline_seconds=asked.deadline_seconds or deadline_seconds,
         )
         key = idempotency.presented(who.caller, tasks.ROUTE, idempotency_key(request.scope), body)
         task = await self._tasks.open(who.caller, who.facts, spec, key)

@@ -84,6 +84,19 @@ class Tasks:
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
 
+    def defaults(self, purpose: str) -> tuple[int, int]:
+        """Return the deadline in seconds and the budget of leases of a task that asks for none.
+
+        The purpose's own ceilings are lower than the general defaults for some.
+        """
+        known = self._ctx.catalog.purposes.get(purpose)
+        if known is None:
+            return DEADLINE_SECONDS_DEFAULT, BUDGET_DEFAULT
+        return (
+            min(DEADLINE_SECONDS_DEFAULT, known.deadline_seconds_max),
+            min(BUDGET_DEFAULT, known.budget_leases_max),
+        )
+
     async def open(
         self, caller: Caller, facts: IdentityFacts, spec: TaskSpec, key: IdempotencyKey | None = None
     ) -> Task:
