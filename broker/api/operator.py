@@ -25,6 +25,7 @@ from broker.api.views import (
     kill_view,
     operator_lease_view,
     parse_time,
+    proof_view,
     status_view,
 )
 from broker.core import errors as core
@@ -98,6 +99,15 @@ LIST_LEASES: Final = _operation(
     "Leases, in the order of their ids",
     Answer("A page of leases.", schemas.LeasePage),
     query=schemas.LeasesQuery,
+)
+READ_LEASE: Final = _operation(
+    "GET",
+    "/leases/{lease}",
+    "readLeaseAsOperator",
+    "One lease",
+    Answer("The lease.", schemas.OperatorLease),
+    path_patterns=_LEASE,
+    refusals=(core.UnknownObject,),
 )
 RETRY_LEASE: Final = _operation(
     "POST",
@@ -199,12 +209,22 @@ SCAN: Final = _operation(
     body=schemas.NoBody,
     body_optional=True,
 )
+PROVE: Final = _operation(
+    "POST",
+    "/adapters/prove",
+    "proveAdapter",
+    "Mint one credential on a resource's own backend, use it, kill it, and use it again",
+    Answer("What held and what did not.", schemas.ProveAnswer),
+    body=schemas.ProveRequest,
+    refusals=(core.InvalidRequest, core.BackendUnavailable, core.MintFailed),
+)
 
 OPERATIONS: Final = (
     KILL,
     LIFT,
     LIST_KILLS,
     LIST_LEASES,
+    READ_LEASE,
     RETRY_LEASE,
     ABANDON_LEASE,
     LIST_IDENTITIES,
@@ -217,6 +237,7 @@ OPERATIONS: Final = (
     EXPORT_AUDIT,
     READ_AUDIT_KEYS,
     SCAN,
+    PROVE,
 )
 
 
@@ -231,6 +252,7 @@ def operator_app(services: Services, readiness: Readiness) -> ASGIApp:
             (LIFT, gate.guard(kills.lift)),
             (LIST_KILLS, gate.guard(kills.page)),
             (LIST_LEASES, gate.guard(leases.page)),
+            (READ_LEASE, gate.guard(leases.read)),
             (RETRY_LEASE, gate.guard(leases.retry)),
             (ABANDON_LEASE, gate.guard(leases.abandon)),
             (LIST_IDENTITIES, gate.guard(identities.page)),
@@ -243,6 +265,7 @@ def operator_app(services: Services, readiness: Readiness) -> ASGIApp:
             (EXPORT_AUDIT, gate.guard(broker.export)),
             (READ_AUDIT_KEYS, gate.guard(broker.audit_keys)),
             (SCAN, gate.guard(broker.scan)),
+            (PROVE, gate.guard(broker.prove)),
         ]
     )
 
@@ -331,6 +354,10 @@ class LeaseRoutes:
         return json_response(
             page_of(found, query.limit, operator_lease_view, lambda lease: cursor_of(lease.id))
         )
+
+    async def read(self, request: Request, _actor: str) -> Response:
+        """Serve `READ_LEASE`."""
+        return json_response(operator_lease_view(self._leases.get(_lease_id(request))))
 
     async def retry(self, request: Request, actor: str) -> Response:
         """Serve `RETRY_LEASE`."""
@@ -444,6 +471,12 @@ class BrokerRoutes:
                 ],
             }
         )
+
+    async def prove(self, request: Request, actor: str) -> Response:
+        """Serve `PROVE`."""
+        asked, _ = await read_model(request, schemas.ProveRequest)
+        proof = await self._services.prove.run(asked.resource, asked.action, actor=actor)
+        return json_response(proof_view(proof))
 
     async def audit_keys(self, _request: Request, _actor: str) -> Response:
         """Serve `READ_AUDIT_KEYS`."""

@@ -226,6 +226,13 @@ class AuditQuery(Strict):
     texts: Annotated[bool, Field(description="Whether free texts are shown in clear.")] = False
 
 
+class ProveRequest(Strict):
+    """Body of ``POST /adapters/prove``; without an action the resource's first is taken."""
+
+    resource: Word
+    action: Word | None = None
+
+
 class NoBody(Strict):
     """Body of what needs none: nothing, or the empty object."""
 
@@ -551,6 +558,35 @@ class ScanAnswer(Strict):
 
     scanned: tuple[ScanView, ...]
     failed: tuple[str, ...]
+
+
+class CheckView(Strict):
+    """What an adapter says of one of the broker's rights in its backend."""
+
+    name: str
+    ok: bool
+    remedy: str
+
+
+class ProveStep(Strict):
+    """One thing that was tried on the operator's own backend."""
+
+    name: str
+    ok: bool
+    milliseconds: int
+    detail: dict[str, Any]
+
+
+class ProveAnswer(Strict):
+    """Answer of ``POST /adapters/prove``; where a right is missing nothing was minted."""
+
+    backend: str
+    resource: str
+    action: str
+    proven: bool
+    lease_id: LeaseIdText | None
+    checks: tuple[CheckView, ...]
+    steps: tuple[ProveStep, ...]
 
 
 class AuditKeys(Strict):

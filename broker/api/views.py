@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from broker.service.inventory_admin import Identity
     from broker.service.offers import Offer
     from broker.service.overview import BackendStatus, Finding, Kill, Status
+    from broker.service.prove import Proof
 
 
 def render_time(at_ms: int) -> str:
@@ -225,3 +226,22 @@ def status_view(status: Status, *, version: str, problems: dict[str, str]) -> di
 def readiness_view(problems: dict[str, str]) -> dict[str, Any]:
     """Return what keeps the broker from being ready. `schemas.ReadinessView`."""
     return {"ready": not problems, "problems": problems}
+
+
+def proof_view(proof: Proof) -> dict[str, Any]:
+    """Return what proving a backend showed. `schemas.ProveAnswer`."""
+    return {
+        "backend": proof.backend,
+        "resource": proof.resource,
+        "action": proof.action,
+        "proven": proof.proven,
+        "lease_id": proof.lease_id,
+        "checks": [
+            {"name": check.name, "ok": check.ok, "remedy": "" if check.ok else check.remedy}
+            for check in proof.checks
+        ],
+        "steps": [
+            {"name": step.name, "ok": step.ok, "milliseconds": step.milliseconds, "detail": dict(step.detail)}
+            for step in proof.steps
+        ],
+    }

@@ -14,6 +14,7 @@ from broker.service.kill import KillSwitch
 from broker.service.lease_admin import LeaseAdmin
 from broker.service.offers import Offers
 from broker.service.overview import Overview
+from broker.service.prove import Prove
 from broker.service.reconcile import Reconcile
 from broker.service.refusals import AuthenticationRefusals
 from broker.service.revoke import Revoke
@@ -45,6 +46,7 @@ class Services:
     sweeper: Sweeper
     overview: Overview
     exports: AuditExports
+    prove: Prove
 
     @classmethod
     def build(cls, ctx: Context, *, issuer: str, token_algorithm: str) -> Self:
@@ -67,4 +69,5 @@ class Services:
             sweeper=Sweeper(ctx),
             overview=Overview(ctx),
             exports=AuditExports(ctx),
+            prove=Prove(ctx),
         )
