@@ -93,7 +93,7 @@ class FakeLogin:
     not_after_ms: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class FakeSession:
     """A session opened with a credential; lives until the backend cuts it."""
 

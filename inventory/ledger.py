@@ -16,6 +16,7 @@ import orjson
 from broker.core.audit import AuditKind, AuditRecord
 from broker.core.ids import LeaseId, TaskId
 from broker.core.lease import (
+    ENDING,
     MAYBE_ALIVE,
     NEVER_ACTIVE,
     TERMINAL,
@@ -147,6 +148,21 @@ def count_by_state(connection: sqlite3.Connection) -> dict[tuple[str, LeaseState
     return {(adapter, LeaseState(state), bool(stuck)): count for adapter, state, stuck, count in rows}
 
 
+def live_counts(connection: sqlite3.Connection) -> dict[str, tuple[int, int]]:
+    """Count leases that have not reached their end, and the stuck ones among them, per backend.
+
+    Reads the partial indices of such rows only, so that history costs nothing.
+    """
+    live = connection.execute(
+        "SELECT adapter, count(*) FROM leases WHERE next_action_ms IS NOT NULL GROUP BY adapter"
+    )
+    counts = {adapter: (count, 0) for adapter, count in live}
+    stuck = connection.execute("SELECT adapter, count(*) FROM leases WHERE stuck GROUP BY adapter")
+    for adapter, count in stuck:
+        counts[adapter] = (counts.get(adapter, (count, 0))[0], count)
+    return counts
+
+
 def active_page(
     connection: sqlite3.Connection, adapter: str, *, activated_before_ms: int, after: str, limit: int
 ) -> list[Lease]:
@@ -171,12 +187,14 @@ def of_backend_object(
     return [from_row(row) for row in rows]
 
 
-def revoked_status_indices(connection: sqlite3.Connection, first: int, beyond: int, now_ms: int) -> list[int]:
-    """Return status indices in [first, beyond) of unexpired leases that are not ACTIVE."""
+def revoked_status_indices(
+    connection: sqlite3.Connection, first: int, beyond: int, expires_after_ms: int
+) -> list[int]:
+    """Return status indices in [first, beyond) of leases that are not ACTIVE and expire after a time."""
     rows = connection.execute(
         "SELECT status_index FROM leases WHERE status_index >= ? AND status_index < ? "
         "AND state <> 'active' AND expires_ms > ?",
-        (first, beyond, now_ms),
+        (first, beyond, expires_after_ms),
     )
     return [index for (index,) in rows]
 
@@ -257,6 +275,22 @@ def hurry(tx: Transaction, lease: Lease, *, urgency: Urgency, at_ms: int) -> Lea
 def postpone(tx: Transaction, lease: Lease, **changes: Any) -> Lease | None:
     """Record a failed attempt and when to try again. Not a move: the state stays."""
     return _guarded_update(tx, lease, changes)
+
+
+def pull_back(tx: Transaction, by_ms: int) -> None:
+    """Move the next attempt on every ending lease as far back as the clock jumped. Nothing is audited."""
+    tx.execute(
+        f"UPDATE leases SET next_action_ms = next_action_ms - ? WHERE state IN ({_states(ENDING)})",  # noqa: S608  constants of ours
+        (by_ms,),
+    )
+
+
+def bring_forward(tx: Transaction, latest_ms: int, now_ms: int) -> None:
+    """Make every ending lease due now whose next attempt lies beyond `latest_ms`. Nothing is audited."""
+    tx.execute(
+        f"UPDATE leases SET next_action_ms = ? WHERE state IN ({_states(ENDING)}) AND next_action_ms > ?",  # noqa: S608  constants of ours
+        (now_ms, latest_ms),
+    )
 
 
 def has_due(

@@ -20,9 +20,13 @@ def reserve_block(tx: Transaction, counter: str, size: int) -> int:
 
 
 def claim_job(tx: Transaction, name: str, *, now_ms: int, every_ms: int) -> bool:
-    """Claim a periodic job's next run; False where another process has it already."""
+    """Claim a periodic job's next run; False where another process has it already.
+
+    A run due later than one period from now was planned before the clock jumped back, and is due.
+    """
     tx.execute("INSERT INTO jobs (name, due_ms) VALUES (?, 0) ON CONFLICT (name) DO NOTHING", (name,))
     cursor = tx.execute(
-        "UPDATE jobs SET due_ms = ? WHERE name = ? AND due_ms <= ?", (now_ms + every_ms, name, now_ms)
+        "UPDATE jobs SET due_ms = :next WHERE name = :name AND (due_ms <= :now OR due_ms > :next)",
+        {"next": now_ms + every_ms, "name": name, "now": now_ms},
     )
     return cursor.rowcount == 1

@@ -6,6 +6,7 @@ expiry is never one of these: the sweeper owns it.
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -79,7 +80,8 @@ class Jobs:
 
     async def _rotate_token_keys(self) -> None:
         now_ms = self._ctx.clock.now_ms()
-        if self._ctx.keys.rotate_token_keys(now_ms):
+        # It writes a file and may make an RSA key: neither may hold up a request.
+        if await asyncio.to_thread(self._ctx.keys.rotate_token_keys, now_ms):
             kids = tuple(key.kid for key in self._ctx.keys.token_keys())
             record = AuditRecord(
                 kind=AuditKind.KEY_ROTATED, at_ms=now_ms, actor="broker", fields={"published": kids}

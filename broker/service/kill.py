@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from broker.service.context import Context
     from inventory.store.writer import Transaction
 
+__all__ = ["KillOrder", "KillResult", "KillScope", "KillSwitch", "end_tasks_of"]
+
+ACTOR: Final = "broker"
+"""Who finishes what an operator ordered before a restart."""
+
 PAGE: Final = 100
 PAGES_MAX: Final = 100_000
 """Bound on one kill: ten million leases; a kill repeated goes on where it stopped."""
@@ -63,12 +68,8 @@ class KillSwitch:
         match order.scope:
             case KillScope.TASK:
                 return await self._kill_task(order)
-            case KillScope.IDENTITY:
-                return await self._kill_scope(order, [order.value])
-            case KillScope.OWNER:
-                return await self._kill_scope(order, identities.of_owner(self._ctx.store.reader, order.value))
-            case KillScope.RESOURCE:
-                return await self._kill_scope(order, [])
+            case KillScope.IDENTITY | KillScope.OWNER | KillScope.RESOURCE:
+                return await self._kill_scope(order)
 
     async def lift(self, order: KillOrder) -> bool:
         """Lift a kill; False where there was none. What it ended stays ended."""
@@ -94,45 +95,19 @@ class KillSwitch:
         )
         return KillResult(order.scope, order.value, 0 if ended is None else 1, live)
 
-    async def _kill_scope(self, order: KillOrder, spiffe_ids: list[str]) -> KillResult:
-        self._check_exists(order, spiffe_ids)
+    async def _kill_scope(self, order: KillOrder) -> KillResult:
+        self._check_exists(order)
         kill = Kill(order.scope, order.value, order.reason, order.actor, self._ctx.clock.now_ms())
         await self._ctx.store.writer.run(lambda tx: kills.mark(tx, kill))
-        tasks_ended = leases_moved = 0
-        for spiffe_id in spiffe_ids:
-            tasks_ended += await end_tasks_of(self._ctx, spiffe_id, order.actor, order.reason)
-            leases_moved += await self._move_pages(
-                order, partial(ledger.live_of_identity, spiffe_id=spiffe_id, limit=PAGE)
-            )
-        if order.scope is KillScope.RESOURCE:
-            leases_moved = await self._move_pages(
-                order, partial(ledger.live_of_resource, resource=order.value, limit=PAGE)
-            )
-        return KillResult(order.scope, order.value, tasks_ended, leases_moved)
+        return await _end_scope(self._ctx, kill)
 
-    async def _move_pages(self, order: KillOrder, live: LivePage) -> int:
-        """End a scope's leases page by page, so that nobody else's request waits behind them."""
-
-        def move_page(tx: Transaction) -> int:
-            page = live(tx)
-            moves.end_all(self._ctx, tx, page, Cause.KILL, actor=order.actor)
-            return len(page)
-
-        moved = 0
-        for _ in range(PAGES_MAX):
-            in_page = await self._ctx.store.writer.run(move_page)
-            moved += in_page
-            if in_page < PAGE:
-                break
-        return moved
-
-    def _check_exists(self, order: KillOrder, spiffe_ids: list[str]) -> None:
+    def _check_exists(self, order: KillOrder) -> None:
         """Refuse a typing error: a kill of nothing would look like success in an incident."""
         match order.scope:
             case KillScope.RESOURCE:
                 known = self._ctx.catalog.resource(order.value) is not None
             case KillScope.OWNER:
-                known = bool(spiffe_ids)
+                known = bool(identities.of_owner(self._ctx.store.reader, order.value))
             case _:
                 known = identities.get(self._ctx.store.reader, order.value) is not None
         if not known:
@@ -140,6 +115,60 @@ class KillSwitch:
                 f"There is no such {order.scope} in the inventory or catalog; nothing was killed. "
                 "Check the spelling."
             )
+
+
+async def finish_kills(ctx: Context) -> None:
+    """Move what a kill or a suspension left behind because the broker stopped between its pages.
+
+    The scope was closed by the kill's first commit; this ends what was issued before it.
+    """
+    for kill in kills.every(ctx.store.reader):
+        await _end_scope(ctx, kill)
+    for spiffe_id in identities.barred_but_live(ctx.store.reader):
+        await end_tasks_of(ctx, spiffe_id, ACTOR, "suspended")
+        live = partial(ledger.live_of_identity, spiffe_id=spiffe_id, limit=PAGE)
+        await end_pages(ctx, live, Cause.SUSPENDED, actor=ACTOR)
+
+
+async def _end_scope(ctx: Context, kill: Kill) -> KillResult:
+    """End everything live in a scope that is marked as killed."""
+    tasks_ended = leases_moved = 0
+    for spiffe_id in _identities_in(ctx, kill):
+        tasks_ended += await end_tasks_of(ctx, spiffe_id, kill.actor, kill.reason)
+        live = partial(ledger.live_of_identity, spiffe_id=spiffe_id, limit=PAGE)
+        leases_moved += await end_pages(ctx, live, Cause.KILL, actor=kill.actor)
+    if kill.scope is KillScope.RESOURCE:
+        live = partial(ledger.live_of_resource, resource=kill.value, limit=PAGE)
+        leases_moved = await end_pages(ctx, live, Cause.KILL, actor=kill.actor)
+    return KillResult(kill.scope, kill.value, tasks_ended, leases_moved)
+
+
+def _identities_in(ctx: Context, kill: Kill) -> list[str]:
+    """Return whom a kill covers; read after it was marked, so that nobody slips in between."""
+    match kill.scope:
+        case KillScope.IDENTITY:
+            return [kill.value]
+        case KillScope.OWNER:
+            return identities.of_owner(ctx.store.reader, kill.value)
+        case KillScope.RESOURCE | KillScope.TASK:
+            return []
+
+
+async def end_pages(ctx: Context, live: LivePage, cause: Cause, *, actor: str) -> int:
+    """End leases page by page, so that nobody else's request waits behind them; returns how many."""
+
+    def end_page(tx: Transaction) -> int:
+        page = live(tx)
+        moves.end_all(ctx, tx, page, cause, actor=actor)
+        return len(page)
+
+    moved = 0
+    for _ in range(PAGES_MAX):
+        in_page = await ctx.store.writer.run(end_page)
+        moved += in_page
+        if in_page < PAGE:
+            break
+    return moved
 
 
 async def end_tasks_of(ctx: Context, spiffe_id: str, actor: str, reason: str) -> int:

@@ -134,6 +134,8 @@ class Reconcile:
 def _orphan(lease_id: LeaseId, backend: Backend, found: Found, rows: list[Lease], now_ms: int) -> Lease:
     """Build the row of an orphan; what an ended lease of that name knew of it is taken over."""
     before = rows[0] if rows else None
+    # Without a row nobody knows when the backend ends it: not before the longest it was ever told.
+    longest_ms = now_ms + backend.capabilities.ttl_seconds_max * MS_PER_SECOND
     return Lease(
         id=lease_id,
         task_id=TaskId(""),
@@ -147,7 +149,7 @@ def _orphan(lease_id: LeaseId, backend: Backend, found: Found, rows: list[Lease]
         revocability=str(backend.capabilities.revocability),
         created_ms=now_ms,
         expires_ms=now_ms,
-        not_after_ms=now_ms,
+        not_after_ms=longest_ms,
         mint_deadline_ms=now_ms,
         cause=Cause.ORPHAN,
         urgency=Urgency.COMPROMISE,

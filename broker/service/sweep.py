@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import structlog
 
@@ -22,9 +22,11 @@ from broker.core.ports import Presence, Target
 from broker.core.secret import Secret
 from broker.core.task import TaskEndCause
 from broker.service import moves
+from broker.service.kill import finish_kills
 from broker.service.limits import (
     BACKOFF_SECONDS_MAX,
     NATIVE_EXPIRY_SKEW_SECONDS,
+    PLANNED_SECONDS_MAX,
     STUCK_AFTER_SECONDS,
     STUCK_RETRY_SECONDS,
 )
@@ -34,6 +36,8 @@ from inventory import tasks as task_rows
 from inventory.findings import Finding
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from broker.core.ports import Verification
     from broker.service.backends import Backend
     from broker.service.context import Context
@@ -41,9 +45,14 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+T = TypeVar("T")
+
 ACTOR: Final = "sweeper"
 PAGE: Final = 100
 """Leases moved per transaction: issue keeps its latency during a sweep (DESIGN 13)."""
+
+JUMP_MS: Final = 1000
+"""A clock that went back by more than this has jumped; by less it was disciplined."""
 
 _BEGINNING: Final = frozenset({LeaseState.INTENT, LeaseState.PREPARED, LeaseState.ACTIVE})
 
@@ -57,6 +66,7 @@ class Sweeper:
         self._busy: dict[str, int] = {}
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
+        self._last_ms: int | None = None
 
     def start(self) -> None:
         """Begin to sweep on the running loop."""
@@ -86,6 +96,10 @@ class Sweeper:
                 # The ledger is down or full: nothing is lost, the next tick tries again.
                 log.warning("sweep.postponed", code=error.code)
                 did_something = False
+            except Exception:
+                # Whatever it was, a sweeper that stops revokes nothing any more (rule 7).
+                log.exception("sweep.failed")
+                did_something = False
             if not did_something:
                 await self._wait()
 
@@ -98,13 +112,41 @@ class Sweeper:
 
     async def sweep_once(self) -> bool:
         """Start everything that is due and has room; say whether anything was."""
+        if self._last_ms is None:
+            await finish_kills(self._ctx)
+        await self._follow_clock()
         did_something = await self._end_overdue_tasks()
         for backend in self._ctx.backends:
-            if await self._end_due_leases(backend):
-                did_something = True
-            if await self._claim(backend):
+            if await self._sweep_backend(backend):
                 did_something = True
         return did_something
+
+    async def _sweep_backend(self, backend: Backend) -> bool:
+        try:
+            ended = await self._end_due_leases(backend)
+            return await self._claim(backend) or ended
+        except BrokerError:
+            raise
+        except Exception:
+            # A row or an adapter that breaks this backend's sweep holds up no other backend.
+            log.exception("sweep.backend_failed", backend=backend.name)
+            return False
+
+    async def _follow_clock(self) -> None:
+        """Move what is planned back with a clock that jumped back, so that no retry waits for it.
+
+        A jump while the broker was down is not seen; what lies further ahead than any retry is
+        planned is then due now.
+        """
+        now_ms = self._ctx.clock.now_ms()
+        last_ms = self._last_ms
+        if last_ms is None:
+            latest_ms = now_ms + PLANNED_SECONDS_MAX * MS_PER_SECOND
+            await self._ctx.store.writer.run(lambda tx: ledger.bring_forward(tx, latest_ms, now_ms))
+        elif last_ms - now_ms > JUMP_MS:
+            log.warning("sweep.clock_jumped_back", ms=last_ms - now_ms)
+            await self._ctx.store.writer.run(lambda tx: ledger.pull_back(tx, last_ms - now_ms))
+        self._last_ms = now_ms
 
     # --- what ends by time -----------------------------------------------------------------------
 
@@ -185,17 +227,21 @@ class Sweeper:
             log.warning("sweep.lease_postponed", lease_id=lease.id, code=error.code)
 
     async def _revoke_and_verify(self, backend: Backend, lease: Lease) -> None:
-        target = self._target(backend, lease)
         try:
+            target = self._target(backend, lease)
+            # A verification that failed may have failed for want of a fence, which a backend
+            # restored from its backup has lost: revoking is idempotent, and brings it back.
+            if lease.state is LeaseState.REVOKE_PENDING or lease.attempts > 0:
+                await self._call(backend, backend.adapter.revoke(target))
             if lease.state is LeaseState.REVOKE_PENDING:
-                with backend.observed():
-                    await backend.adapter.revoke(target)
                 accepted = await self._accepted(backend, lease)
                 if accepted is None or backend.needs_second_look(lease):
                     return
                 lease = accepted
-            with backend.observed():
-                verification = await backend.adapter.verify(target)
+            if self._is_too_early(backend, lease):
+                await self._postpone(lease, until_ms=backend.last_effect_ms(lease))
+                return
+            verification = await self._call(backend, backend.adapter.verify(target))
         except BrokerError:
             raise
         except Exception as error:  # noqa: BLE001  any vendor's exception: the lease is retried, for ever
@@ -203,13 +249,24 @@ class Sweeper:
             return
         await self._verified(lease, verification)
 
+    async def _call(self, backend: Backend, call: Awaitable[T]) -> T:
+        """Await one call of an adapter, no longer than the claim on its lease lasts."""
+        with backend.observed():
+            async with asyncio.timeout(self._ctx.limits.claim_visibility_seconds):
+                return await call
+
+    def _is_too_early(self, backend: Backend, lease: Lease) -> bool:
+        """Whether absence would be no proof yet, because a mint may still be in flight (rule 5)."""
+        return backend.needs_second_look(lease) and self._ctx.clock.now_ms() < backend.last_effect_ms(lease)
+
     async def _accepted(self, backend: Backend, lease: Lease) -> Lease | None:
         """Record that the backend accepted the revocation."""
         now_ms = self._ctx.clock.now_ms()
-        visibility_ms = self._ctx.limits.claim_visibility_seconds * MS_PER_SECOND
-        due_ms = now_ms + visibility_ms
+        due_ms = now_ms + self._ctx.limits.claim_visibility_seconds * MS_PER_SECOND
         if backend.needs_second_look(lease):
-            due_ms = now_ms + backend.capabilities.t_inflight_seconds * MS_PER_SECOND
+            # Counted from now as well: the clock may have jumped since the lease was recorded.
+            in_flight_ms = now_ms + backend.capabilities.t_inflight_seconds * MS_PER_SECOND
+            due_ms = max(in_flight_ms, backend.last_effect_ms(lease))
         return await self._move(lease, LeaseState.VERIFYING, lease.cause, next_action_ms=due_ms)
 
     async def _verified(self, lease: Lease, verification: Verification) -> None:
@@ -218,14 +275,7 @@ class Sweeper:
                 evidence = {**verification.evidence, "verified_ms": self._ctx.clock.now_ms()}
                 await self._move(lease, LeaseState.REVOKED, lease.cause, evidence=evidence)
             case Presence.PRESENT:
-                changes = self._retry_changes(lease)
-                await self._move(
-                    lease,
-                    LeaseState.REVOKE_PENDING,
-                    lease.cause,
-                    last_error="still present after revocation",
-                    **changes,
-                )
+                await self._failed(lease, "still present after revocation", present=True)
             case Presence.UNKNOWN:
                 await self._failed(lease, "verification saw neither presence nor absence")
 
@@ -247,13 +297,21 @@ class Sweeper:
 
     # --- what failed -----------------------------------------------------------------------------
 
-    async def _failed(self, lease: Lease, error: str) -> None:
-        """Schedule the next attempt; after ten minutes of failure the lease is stuck, and still tried."""
-        changes = self._retry_changes(lease)
+    async def _failed(self, lease: Lease, error: str, *, present: bool = False) -> None:
+        """Schedule the next attempt; after ten minutes of failure the lease is stuck, and still tried.
+
+        `present`: verification saw it, so it has to be revoked anew.
+        """
+        changes = {**self._retry_changes(lease), "last_error": error}
         becomes_stuck = bool(changes["stuck"]) and not lease.stuck
 
         def record(tx: Transaction) -> None:
-            if ledger.postpone(tx, lease, last_error=error, **changes) is None or not becomes_stuck:
+            if present:
+                target = LeaseState.REVOKE_PENDING
+                kept = moves.move(self._ctx, tx, lease, target, lease.cause, actor=ACTOR, **changes)
+            else:
+                kept = ledger.postpone(tx, lease, **changes)
+            if kept is None or not becomes_stuck:
                 return
             now_ms = self._ctx.clock.now_ms()
             evidence = {"adapter": lease.adapter, "resource": lease.resource, "error": error}
@@ -269,7 +327,8 @@ class Sweeper:
         now_ms = self._ctx.clock.now_ms()
         first_failed_ms = now_ms if lease.first_failed_ms is None else lease.first_failed_ms
         attempts = lease.attempts + 1
-        stuck = now_ms - first_failed_ms >= STUCK_AFTER_SECONDS * MS_PER_SECOND
+        # Stuck is left by an end only: a clock that jumps back unsays no alert.
+        stuck = lease.stuck or now_ms - first_failed_ms >= STUCK_AFTER_SECONDS * MS_PER_SECOND
         if stuck:
             delay_ms = STUCK_RETRY_SECONDS * MS_PER_SECOND
         else:

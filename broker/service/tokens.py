@@ -15,6 +15,7 @@ from broker.core.clock import MS_PER_SECOND
 from broker.core.errors import UnknownObject
 from broker.core.lease import LeaseState
 from broker.core.status_list import SIZE, encode, status_list_claims
+from broker.service.admit import BARRED
 from inventory import identities, kills, ledger
 
 if TYPE_CHECKING:
@@ -22,13 +23,21 @@ if TYPE_CHECKING:
 
     from broker.core.audit import JsonValue
     from broker.core.caller import Caller
+    from broker.core.lease import Lease
+    from broker.core.ports import VerificationKey
     from broker.keys.own_tokens import TokenClaims, TokenReader
     from broker.service.context import Context
 
 STATUS_LIST_TTL_SECONDS: Final = 15
 """How long a verifier may keep a status list: the bound on its staleness."""
 
-STATUS_LIST_LIFETIME_SECONDS: Final = 3600
+STATUS_LIST_LIFETIME_SECONDS: Final = 600
+"""From when no verifier may use a list any more; its key is published for longer than that."""
+
+STATUS_SKEW_SECONDS: Final = 300
+"""How far behind ours a verifier's clock may be: it still accepts what has expired here, so the
+bit of an ended token stays set that much longer."""
+
 STATUS_LIST_REBUILD_MS: Final = 1000
 """A list is rebuilt at most once a second, however many ask."""
 
@@ -40,6 +49,7 @@ INACTIVE: Final[Mapping[str, JsonValue]] = {"active": False}
 class _CachedList:
     token: str
     built_ms: int
+    keys: tuple[VerificationKey, ...]
 
 
 class Tokens:
@@ -69,14 +79,24 @@ class Tokens:
             return INACTIVE
         if lease.expires_ms <= now_ms:
             return INACTIVE
-        holder = identities.get(self._ctx.store.reader, lease.identity)
-        owner = "" if holder is None else holder.owner
-        killed = kills.find(
-            self._ctx.store.reader, identity=lease.identity, owner=owner, resource=lease.resource
-        )
-        if killed is not None:
+        if self._is_barred(lease):
             return INACTIVE
         return _active(own)
+
+    def _is_barred(self, lease: Lease) -> bool:
+        """Whether the holder was suspended or its scope killed: both close first and move leases later."""
+        holder = identities.get(self._ctx.store.reader, lease.identity)
+        if holder is None or holder.lifecycle in BARRED:
+            return True
+        kill = kills.find(
+            self._ctx.store.reader, identity=lease.identity, owner=holder.owner, resource=lease.resource
+        )
+        return kill is not None
+
+    @property
+    def jwks_cache_seconds(self) -> int:
+        """How long verifiers may cache the keys."""
+        return self._ctx.keys.jwks_cache_seconds
 
     def jwks(self) -> dict[str, JsonValue]:
         """Return every public key that may verify a live token (RFC 7517 §5)."""
@@ -105,15 +125,23 @@ class Tokens:
 
         """
         now_ms = self._ctx.clock.now_ms()
+        # The key store hands out the same tuple until a key is rotated or thrown out.
+        keys = self._ctx.keys.token_keys()
         cached = self._lists.get(number)
-        if cached is not None and 0 <= now_ms - cached.built_ms < STATUS_LIST_REBUILD_MS:
+        if (
+            cached is not None
+            and cached.keys is keys
+            and 0 <= now_ms - cached.built_ms < STATUS_LIST_REBUILD_MS
+        ):
             return cached.token
         first = number * SIZE
         if not 0 <= number < LISTS_MAX or not ledger.has_status_index(
             self._ctx.store.reader, first, first + SIZE
         ):
             raise UnknownObject
-        ended = ledger.revoked_status_indices(self._ctx.store.reader, first, first + SIZE, now_ms)
+        ended = ledger.revoked_status_indices(
+            self._ctx.store.reader, first, first + SIZE, now_ms - STATUS_SKEW_SECONDS * MS_PER_SECOND
+        )
         claims = status_list_claims(
             uri=self.status_list_uri(number),
             issued_ms=now_ms,
@@ -124,7 +152,7 @@ class Tokens:
         token = self._ctx.keys.sign_token(
             {"typ": "statuslist+jwt"}, orjson.dumps(claims), algorithm=self._algorithm
         )
-        self._lists[number] = _CachedList(token, now_ms)
+        self._lists[number] = _CachedList(token, now_ms, keys)
         return token
 
 

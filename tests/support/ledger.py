@@ -16,9 +16,9 @@ from broker.core.spiffe_id import SpiffeId
 from broker.core.task import Task, TaskState
 from inventory.audit.chain import ChainHead
 from inventory.audit.public_keys import PublicKeys
+from inventory.audit.slots import last_head
 from inventory.audit.verify import verify_database
 from inventory.store import engine
-from inventory.audit.slots import last_head
 from inventory.store.writer import FactsVersion, Transaction, Writer
 from tests.support.audit_log import MemoryKeys
 
