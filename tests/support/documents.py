@@ -7,11 +7,13 @@ import subprocess
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from textwrap import dedent
 
 ROOT = Path(__file__).parents[2]
 
 _FENCE = re.compile(
-    r"^(?P<mark>```+)(?P<language>[\w+-]*)[^\n]*\n(?P<text>.*?)^(?P=mark)[ \t]*$", re.MULTILINE | re.DOTALL
+    r"^(?P<indent> *)(?P<mark>```+)(?P<language>[\w+-]*)[^\n]*\n(?P<text>.*?)^(?P=indent)(?P=mark)[ \t]*$",
+    re.MULTILINE | re.DOTALL,
 )
 _TABLE_ROW = re.compile(r"^\|(.+)\|$")
 
@@ -44,7 +46,7 @@ def text_of(page: str) -> str:
 
 def blocks(page: str) -> list[Block]:
     found = _FENCE.finditer(text_of(page))
-    return [Block(page, match["language"], match["text"]) for match in found]
+    return [Block(page, match["language"], dedent(match["text"])) for match in found]
 
 
 def blocks_in(*languages: str) -> list[Block]:
