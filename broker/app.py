@@ -120,11 +120,38 @@ class BrokerProcess:
             await self.stop()
             raise
 
+    async def start_offline(self) -> Services:
+        """Open ledger and backends and sweep, with no listener and no identity: for one-off commands.
+
+        Nobody can ask for anything. `stop` ends it.
+
+        Raises:
+            StartError: the settings or the policy are wrong.
+            LedgerInUseError: a broker is running on this ledger.
+
+        """
+        try:
+            services, _, _, _ = await self._open()
+            services.sweeper.start()
+            self._closers.append(services.sweeper.close)
+        except BaseException:
+            await self.stop()
+            raise
+        return services
+
     async def _start(self) -> None:
+        check_chain_extraction()
+        services, telemetry, heads, registrations = await self._open()
+        await self._register(services, registrations)
+        await self._start_identity()
+        await self._start_listeners(services, telemetry, heads)
+        await self._start_work(services, heads)
+
+    async def _open(self) -> tuple[Services, PrometheusTelemetry, AuditHeads, Registrations]:
+        """Open keys and ledger, read policy, build the backends."""
         problems = settings_module.production_problems(self.settings)
         if problems:
             raise StartError(problems)
-        check_chain_extraction()
         # New keys beside an old ledger could unseal nothing in it: then the old ones must be found.
         untouched = engine.is_untouched(self.settings.ledger.path)
         self.settings.keys.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -140,10 +167,7 @@ class BrokerProcess:
         self._closers.append(_as_async(heads.close))
         self._closers.append(services.ctx.backends.close)
         await self._report_slots_behind(services)
-        await self._register(services, configured.registrations)
-        await self._start_identity()
-        await self._start_listeners(services, telemetry, heads)
-        await self._start_work(services, heads)
+        return services, telemetry, heads, configured.registrations
 
     def _build_services(
         self, store: Store, keys: FileKeyStore, configured: _Configured
