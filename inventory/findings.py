@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import orjson
 
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from inventory.store.writer import Transaction
 
 
+PAGE_MAX: Final = 1000
+"""Rows per read of a list."""
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One failed check on one subject."""
@@ -26,6 +30,11 @@ class Finding:
     evidence: Mapping[str, JsonValue]
     opened_ms: int
 
+    @property
+    def id(self) -> str:
+        """Names this occurrence."""
+        return f"{self.check_id}:{self.subject}:{self.opened_ms}"
+
 
 def open_finding(tx: Transaction, finding: Finding, *, actor: str) -> bool:
     """Open a finding; False where the same one is open already."""
@@ -33,7 +42,7 @@ def open_finding(tx: Transaction, finding: Finding, *, actor: str) -> bool:
         "INSERT INTO findings (id, check_id, subject, evidence, opened_ms, closed_ms) "
         "VALUES (?, ?, ?, ?, ?, NULL) ON CONFLICT DO NOTHING",
         (
-            f"{finding.check_id}:{finding.subject}:{finding.opened_ms}",
+            finding.id,
             finding.check_id,
             finding.subject,
             orjson.dumps(finding.evidence).decode(),
@@ -64,6 +73,18 @@ def open_findings(connection: sqlite3.Connection, limit: int = 1000) -> list[Fin
         "SELECT check_id, subject, evidence, opened_ms FROM findings "
         "WHERE closed_ms IS NULL ORDER BY opened_ms LIMIT ?",
         (limit,),
+    )
+    return [Finding(check, subject, orjson.loads(evidence), at) for check, subject, evidence, at in rows]
+
+
+def open_page(
+    connection: sqlite3.Connection, *, after: tuple[int, str] = (0, ""), limit: int = 100
+) -> list[Finding]:
+    """Return open findings after a cursor (time of opening and id), oldest first."""
+    rows = connection.execute(
+        "SELECT check_id, subject, evidence, opened_ms FROM findings "
+        "WHERE closed_ms IS NULL AND (opened_ms, id) > (?, ?) ORDER BY opened_ms, id LIMIT ?",
+        (*after, min(limit, PAGE_MAX)),
     )
     return [Finding(check, subject, orjson.loads(evidence), at) for check, subject, evidence, at in rows]
 

@@ -158,6 +158,7 @@ class PathRoute(BaseRoute):
     def __init__(self, path: str, endpoints: Mapping[str, Endpoint]) -> None:
         self.path = path
         self._endpoints = dict(endpoints)
+        self.methods = frozenset(endpoints)
         self._allow = ", ".join(sorted(endpoints))
         self._exact = path if "{" not in path else None
         # Not Starlette's own pattern: its `$` would let a trailing line break through.

@@ -10,14 +10,16 @@ from broker.core.lease import Cause
 from broker.service import moves
 from broker.service.kill import PAGE, PAGES_MAX, end_tasks_of
 from inventory import identities, ledger
+from inventory.identities import Identity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from broker.core.lease import Lease
     from broker.service.context import Context
-    from inventory.identities import Identity
     from inventory.store.writer import Transaction
+
+__all__ = ["Identity", "InventoryAdmin"]
 
 
 class InventoryAdmin:
