@@ -79,6 +79,15 @@ def instance_of(path: Path) -> InstanceTag:
             raise NotALedgerError(f"{path} holds no instance tag: it is not a broker's ledger.") from error
 
 
+def is_untouched(path: Path) -> bool:
+    """Say whether nothing was ever recorded, so that new keys may be made for it; without writing."""
+    with _opened(path) as connection:
+        try:
+            return connection.execute("SELECT 1 FROM audit LIMIT 1").fetchone() is None
+        except sqlite3.Error:
+            return _revision(path) is None
+
+
 def known_revision(path: Path) -> bool:
     """Say whether this version can read the file, after migrating it where need be.
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
+from broker.cli import tables
 from broker.cli.operator_client import OperatorClient
 from broker.cli.options import Json, Socket  # noqa: TC001  Typer reads annotations at run time
 from broker.cli.progress import counting
-from nhi_sdk.cli.output import ExitCode, fail, print_fields, print_json, print_rows, say
+from nhi_sdk.cli.output import ExitCode, fail, print_fields, print_json, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -231,7 +232,7 @@ def _show(report: VerificationReport) -> None:
     )
     if report.findings:
         columns = ("FINDING", "SLOT", "RECORD", "DETAIL")
-        print_rows(columns, [(str(one.kind), one.slot, one.seq, one.detail) for one in report.findings])
+        tables.show(columns, [(str(one.kind), one.slot, one.seq, one.detail) for one in report.findings])
     if report.findings_omitted:
         say(f"and {report.findings_omitted} more")
     for limit in report.limits:

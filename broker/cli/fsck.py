@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from broker.cli import tables
 from broker.cli.options import Config, Json  # noqa: TC001  Typer reads annotations at run time
 from broker.cli.progress import counting
 from broker.cli.serve import load_settings
-from nhi_sdk.cli.output import ExitCode, fail, print_fields, print_json, print_rows, say
+from nhi_sdk.cli.output import ExitCode, fail, print_fields, print_json, say
 
 if TYPE_CHECKING:
     from broker.settings import Settings
@@ -104,11 +105,11 @@ def _as_json(one: Contradiction) -> dict[str, Any]:
 def _show(
     wrong: list[Contradiction], late: list[Contradiction], omitted: int, report: VerificationReport
 ) -> None:
-    rows = [("WRONG", one.check, one.subject, one.detail) for one in wrong]
-    rows += [("WRONG", f"audit: {one.kind}", f"record {one.seq}", one.detail) for one in report.findings]
-    rows += [("late", one.check, one.subject, one.detail) for one in late]
+    rows = [(one.subject, "WRONG", one.check, one.detail) for one in wrong]
+    rows += [(f"record {one.seq}", "WRONG", f"audit: {one.kind}", one.detail) for one in report.findings]
+    rows += [(one.subject, "late", one.check, one.detail) for one in late]
     if rows:
-        print_rows(("", "CHECK", "SUBJECT", "DETAIL"), rows)
+        tables.show(("SUBJECT", "", "CHECK", "DETAIL"), rows)
     if omitted or report.findings_omitted:
         say(f"and {omitted + report.findings_omitted} more")
     for limit in report.limits:

@@ -6,10 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
+from broker.cli import tables
 from broker.cli.kill import confirm
 from broker.cli.operator_client import OperatorClient
 from broker.cli.options import Json, Limit, Reason, Socket, Yes  # noqa: TC001  Typer reads annotations at run time
-from nhi_sdk.cli.output import print_fields, print_json, print_rows, say
+from nhi_sdk.cli.output import print_fields, print_json, say
 
 IdentityId = Annotated[str, typer.Argument(metavar="SPIFFE_ID", help="spiffe://…")]
 
@@ -46,7 +47,7 @@ def list_(
         print_json({"items": found, "more": more})
         return
     columns = ("IDENTITY", "KIND", "OWNER", "TEAM", "ENVIRONMENT", "LIFECYCLE", "LAST USED")
-    print_rows(columns, [_row(one) for one in found])
+    tables.show(columns, [_row(one) for one in found])
     if more:
         say(f"the first {limit} are looked at; --limit takes more")
 
@@ -59,7 +60,7 @@ def _row(one: dict[str, Any]) -> tuple[object, ...]:
         one.get("team"),
         one.get("environment"),
         one.get("lifecycle"),
-        one.get("last_used_at"),
+        tables.when(one.get("last_used_at")),
     )
 
 
@@ -79,11 +80,11 @@ def show(identity: IdentityId, *, socket: Socket = None, as_json: Json = False) 
                 one.get("lease_id"),
                 f"{one.get('resource')}:{one.get('action')}",
                 one.get("state"),
-                one.get("expires_at"),
+                tables.when(one.get("expires_at")),
             )
             for one in leases
         ]
-        print_rows(columns, rows)
+        tables.show(columns, rows)
 
 
 def set_owner(

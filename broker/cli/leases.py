@@ -7,10 +7,11 @@ from urllib.parse import quote
 
 import typer
 
+from broker.cli import tables
 from broker.cli.kill import confirm
 from broker.cli.operator_client import OperatorClient
 from broker.cli.options import Json, Limit, Reason, Socket, Yes  # noqa: TC001  Typer reads annotations at run time
-from nhi_sdk.cli.output import print_fields, print_json, print_rows, say
+from nhi_sdk.cli.output import print_fields, print_json, say
 
 _LIVE = ("intent", "prepared", "active", "revoke_pending", "verifying")
 
@@ -52,7 +53,7 @@ def list_(
         print_json({"items": found, "more": more})
         return
     columns = ("LEASE", "FOR", "IDENTITY", "STATE", "CAUSE", "EXPIRES", "NEXT TRY", "LAST ERROR")
-    print_rows(columns, [_row(one) for one in found])
+    tables.show(columns, [_row(one) for one in found])
     if more:
         say(f"the first {limit} are shown; --limit takes more")
 
@@ -65,8 +66,8 @@ def _row(one: dict[str, Any]) -> tuple[object, ...]:
         one.get("identity"),
         f"{state} (stuck)" if one.get("stuck") else state,
         one.get("cause"),
-        one.get("expires_at"),
-        one.get("next_try_at"),
+        tables.when(one.get("expires_at")),
+        tables.when(one.get("next_try_at")),
         one.get("last_error"),
     )
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import typer
 
+from broker.cli import tables
 from broker.cli.options import Json  # noqa: TC001  Typer reads annotations at run time
-from nhi_sdk.cli.output import ExitCode, print_fields, print_json, print_rows, say
+from nhi_sdk.cli.output import ExitCode, print_fields, print_json, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -126,7 +127,7 @@ def _print_json(results: Sequence[CaseResult], missing: Sequence[str]) -> None:
 def _show(results: Sequence[CaseResult], failed: Sequence[CaseResult], missing: Sequence[str]) -> None:
     if failed:
         rows = [(one.file, one.name, one.policy, "; ".join(one.problems)) for one in failed]
-        print_rows(("FILE", "CASE", "POLICY", "WHAT DIFFERED"), rows)
+        tables.show(("FILE", "CASE", "POLICY", "WHAT DIFFERED"), rows)
     for one in missing:
         say(one)
     print_fields({"cases": len(results), "failed": len(failed), "policies not covered": len(missing)})

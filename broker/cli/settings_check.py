@@ -26,7 +26,7 @@ from broker.keys.key_file import KeyStoreError
 from broker.policy.catalog import Catalog
 from broker.policy.errors import PolicyError
 from broker.settings import Settings, SettingsError
-from inventory.fsck import NotALedgerError, instance_of, known_revision
+from inventory.fsck import NotALedgerError, instance_of, is_untouched, known_revision
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -91,7 +91,7 @@ def _files(settings: Settings) -> Iterator[str]:
     yield from _directory("ledger.path", ledger.parent, private=True)
     if ledger.exists():
         yield from _ledger(ledger)
-        if not keys.exists():
+        if not keys.exists() and not is_untouched(ledger):
             yield (
                 f"keys.path: {keys} does not exist, but the ledger does: what it holds was sealed with keys "
                 "that are not here. Restore the key file from its backup."

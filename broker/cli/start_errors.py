@@ -10,16 +10,19 @@ from broker.core.errors import BrokerError
 from broker.core.spiffe_id import SpiffeIdError
 from broker.keys.key_file import KeyStoreError
 from inventory.audit.heads import HeadCopyError
-from inventory.store.engine import LedgerSchemaError
+from inventory.audit.slots import NoSlotLeftError
+from inventory.store.engine import LedgerInUseError, LedgerSchemaError
 
 _OURS = (
-    HeadCopyError,
-    ListenerError,
-    TlsConfigError,
     BundleError,
-    SpiffeIdError,
+    HeadCopyError,
     KeyStoreError,
+    LedgerInUseError,
     LedgerSchemaError,
+    ListenerError,
+    NoSlotLeftError,
+    SpiffeIdError,
+    TlsConfigError,
 )
 
 

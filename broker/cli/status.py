@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import typer
 
+from broker.cli import tables
 from broker.cli.operator_client import OperatorClient
 from broker.cli.options import Json, Limit, Socket  # noqa: TC001  Typer reads annotations at run time
-from nhi_sdk.cli.output import ExitCode, print_fields, print_json, print_rows, say
+from nhi_sdk.cli.output import ExitCode, print_fields, print_json, say
 
 
 def register(app: typer.Typer) -> None:
@@ -42,9 +43,12 @@ def status(*, socket: Socket = None, as_json: Json = False) -> None:
         columns = ("BACKEND", "KIND", "LIVE", "STUCK", "BREAKER")
         names = ("name", "kind", "live", "stuck", "breaker")
         backends = document.get("backends") or []
-        print_rows(columns, [tuple(one.get(name) for name in names) for one in backends])
+        tables.show(columns, [tuple(one.get(name) for name in names) for one in backends])
         for one in killed:
-            say(f"killed: {one.get('scope')} {one.get('value')} since {one.get('at')}: {one.get('reason')}")
+            say(
+                f"killed {tables.when(one.get('at'))}: {one.get('scope')} {one.get('value')}: "
+                f"{one.get('reason')}"
+            )
         for name, problem in (readiness.get("problems") or {}).items():
             say(f"not ready: {name}: {problem}")
     if not ready:
@@ -58,9 +62,11 @@ def findings(*, limit: Limit = 1000, socket: Socket = None, as_json: Json = Fals
     if as_json:
         print_json({"items": found, "more": more})
         return
-    names = ("check", "subject", "opened_at", "evidence")
-    rows = [tuple(one.get(name) for name in names) for one in found]
-    print_rows(("CHECK", "SUBJECT", "SINCE", "EVIDENCE"), rows)
+    rows = [
+        (one.get("check"), one.get("subject"), tables.when(one.get("opened_at")), one.get("evidence"))
+        for one in found
+    ]
+    tables.show(("CHECK", "SUBJECT", "OPENED", "EVIDENCE"), rows)
     if more:
         say(f"the first {limit} are shown; --limit takes more")
 
@@ -75,7 +81,7 @@ def scan(*, socket: Socket = None, as_json: Json = False) -> None:
     else:
         names = ("backend", "seen", "orphans", "gone")
         rows = [tuple(one.get(name) for name in names) for one in document.get("scanned") or []]
-        print_rows(("BACKEND", "SEEN", "ORPHANS", "GONE"), rows)
+        tables.show(("BACKEND", "SEEN", "ORPHANS", "GONE"), rows)
         for name in failed:
             say(f"{name} could not be scanned; see nhi status and the broker's log")
     if failed:
