@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from broker.cli import adapter, audit, demo, dev, fsck, inventory, kill, leases, policy, serve, status
+from broker.cli import adapter, audit, demo, dev, doctor, fsck, inventory, kill, leases, policy, serve, status
 
 if TYPE_CHECKING:
     import typer
@@ -16,5 +16,5 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the server commands to the `nhi` command."""
-    for module in (serve, dev, demo, status, kill, leases, inventory, audit, policy, adapter, fsck):
+    for module in (serve, dev, demo, doctor, status, kill, leases, inventory, audit, policy, adapter, fsck):
         module.register(app)

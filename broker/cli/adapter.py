@@ -18,7 +18,7 @@ from broker.cli.options import (  # noqa: TC001  Typer reads annotations at run 
 )
 from broker.cli.serve import load_settings
 from broker.cli.sockets import why_unreachable
-from nhi_sdk.cli.output import ExitCode, cell, fail, print_fields, print_json, say
+from nhi_sdk.cli.output import ExitCode, fail, print_fields, print_json, say
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -160,10 +160,10 @@ def _show(document: dict[str, Any]) -> None:
     steps = document["steps"]
     if steps:
         rows = [
-            ("yes" if one["ok"] else "NO", one["name"], f"{one['milliseconds']} ms", cell(one["detail"]))
+            (one["name"], "yes" if one["ok"] else "NO", f"{one['milliseconds']} ms", _seen(one["detail"]))
             for one in steps
         ]
-        tables.show(("", "STEP", "TOOK", "SEEN"), rows)
+        tables.show(("STEP", "HELD", "TOOK", "SEEN"), rows)
     dead = next((one["milliseconds"] for one in steps if "evidence" in one["detail"]), None)
     print_fields(
         {
@@ -175,3 +175,8 @@ def _show(document: dict[str, Any]) -> None:
             "time to dead": None if dead is None else f"{dead} ms",
         }
     )
+
+
+def _seen(detail: dict[str, Any]) -> dict[str, Any]:
+    """Return what a step saw, its evidence among it."""
+    return {**{name: one for name, one in detail.items() if name != "evidence"}, **detail.get("evidence", {})}
