@@ -167,38 +167,42 @@ async def test_a_field_of_the_wrong_type_is_refused_without_an_echo(api: Api, op
 
 
 @pytest.mark.parametrize("operation", WITH_BODY, ids=lambda operation: operation.id)
-@pytest.mark.parametrize(
-    "content_type", ["text/plain", FORM, "application/json; charset=latin-1", "application/xml", "a/b, c/d"]
-)
-async def test_another_content_type_is_415(api: Api, operation: Operation, content_type: str) -> None:
+async def test_another_content_type_is_415(api: Api, operation: Operation) -> None:
     path = await path_of(api, operation)
+    body = json.dumps(VALID[operation.id])
     async with await client_of(api, operation) as client:
-        body = json.dumps(VALID[operation.id])
-        answer = await client.post(path, content=body, headers={"content-type": content_type})
-    check_refused(api, answer, content_type)
-    assert answer.status_code == 415
+        for content_type in (
+            "text/plain",
+            FORM,
+            "application/json; charset=latin-1",
+            "application/xml",
+            "a/b, c/d",
+        ):
+            answer = await client.post(path, content=body, headers={"content-type": content_type})
+            check_refused(api, answer, content_type)
+            assert answer.status_code == 415, content_type
 
 
-@pytest.mark.parametrize(
-    "form",
-    [
-        b"",
-        b"token",
-        b"token=",
-        b"token=a&token=b",
-        b"token=a%00b",
-        b"token=%ff%fe",
-        b"token=" + CANARY.encode() + b"%0d%0aSet-Cookie:x",
-        b"token_type_hint=access_token",
-        b"token=" + b"a" * 70_000,
-        b"&".join(b"p%d=1" % n for n in range(64)),
-        b'{"token":"' + CANARY.encode() + b'"}',
-    ],
+SPOILED_FORMS = (
+    b"",
+    b"token",
+    b"token=",
+    b"token=a&token=b",
+    b"token=a%00b",
+    b"token=%ff%fe",
+    b"token=" + CANARY.encode() + b"%0d%0aSet-Cookie:x",
+    b"token_type_hint=access_token",
+    b"token=" + b"a" * 70_000,
+    b"&".join(b"p%d=1" % n for n in range(64)),
+    b'{"token":"' + CANARY.encode() + b'"}',
 )
-async def test_a_spoiled_form_is_refused_without_an_echo(api: Api, form: bytes) -> None:
+
+
+async def test_a_spoiled_form_is_refused_without_an_echo(api: Api) -> None:
     async with api.client() as client:
-        answer = await client.post("/oauth2/introspect", content=form, headers={"content-type": FORM})
-    check_refused(api, answer, repr(form[:40]))
+        for form in SPOILED_FORMS:
+            answer = await client.post("/oauth2/introspect", content=form, headers={"content-type": FORM})
+            check_refused(api, answer, repr(form[:40]))
 
 
 async def test_introspection_takes_no_json(api: Api) -> None:
@@ -206,49 +210,49 @@ async def test_introspection_takes_no_json(api: Api) -> None:
         assert (await client.post("/oauth2/introspect", json={"token": "a"})).status_code == 415
 
 
-@pytest.mark.parametrize("operation", WITH_QUERY, ids=lambda operation: operation.id)
-@pytest.mark.parametrize(
-    "query",
-    [
-        f"{CANARY}=1",
-        f"limit={CANARY}",
-        "limit=0",
-        "limit=-1",
-        "limit=01",
-        "limit=9999999999999999999999",
-        "limit=1&limit=2",
-        f"cursor={CANARY}",
-        f"cursor=%00{CANARY}",
-        "cursor=WzEsMl0",
-        "cursor=Wzk5OTk5OTk5OTk5OTk5OTk5OSwiYSJd",
-        "cursor=W251bGxd",
-        f"spiffe_id={CANARY}",
-        f"q=%0a{CANARY}",
-        f"state={CANARY}",
-        "stuck=yes",
-        f"lease={CANARY}",
-        f"from={CANARY}",
-        "from=2026-99-99T00:00:00.000Z",
-        "&&&",
-        "=",
-        "a" * 5000,
-    ],
+SPOILED_QUERIES = (
+    f"{CANARY}=1",
+    f"limit={CANARY}",
+    "limit=0",
+    "limit=-1",
+    "limit=01",
+    "limit=9999999999999999999999",
+    "limit=1&limit=2",
+    f"cursor={CANARY}",
+    f"cursor=%00{CANARY}",
+    "cursor=WzEsMl0",
+    "cursor=Wzk5OTk5OTk5OTk5OTk5OTk5OSwiYSJd",
+    "cursor=W251bGxd",
+    f"spiffe_id={CANARY}",
+    f"q=%0a{CANARY}",
+    f"state={CANARY}",
+    "stuck=yes",
+    f"lease={CANARY}",
+    f"from={CANARY}",
+    "from=2026-99-99T00:00:00.000Z",
+    "&&&",
+    "=",
+    "a" * 5000,
 )
-async def test_a_spoiled_query_is_refused_without_an_echo(api: Api, operation: Operation, query: str) -> None:
+
+
+@pytest.mark.parametrize("operation", WITH_QUERY, ids=lambda operation: operation.id)
+async def test_a_spoiled_query_is_refused_without_an_echo(api: Api, operation: Operation) -> None:
     async with await client_of(api, operation) as client:
-        answer = await client.get(f"{operation.path}?{query}")
-    check_refused(api, answer, query)
-    assert answer.status_code == 422
+        for query in SPOILED_QUERIES:
+            answer = await client.get(f"{operation.path}?{query}")
+            check_refused(api, answer, query)
+            assert answer.status_code == 422, query
 
 
-@pytest.mark.parametrize("key", ["", " ", "a" * 129, "a b", f"{CANARY}\x7f", "{}", f"{CANARY}<>"])
 @pytest.mark.parametrize("path", ["/tasks", "/credentials/request"])
-async def test_a_spoiled_idempotency_key_is_refused_without_an_echo(api: Api, path: str, key: str) -> None:
+async def test_a_spoiled_idempotency_key_is_refused_without_an_echo(api: Api, path: str) -> None:
     body = VALID["openTask" if path == "/tasks" else "requestCredential"]
     async with api.client() as client:
-        answer = await client.post(path, json=body, headers={"idempotency-key": key})
-    check_refused(api, answer, key)
-    assert answer.status_code == 422
+        for key in ("", " ", "a" * 129, "a b", f"{CANARY}\x7f", "{}", f"{CANARY}<>"):
+            answer = await client.post(path, json=body, headers={"idempotency-key": key})
+            check_refused(api, answer, key)
+            assert answer.status_code == 422, key
 
 
 async def test_an_id_that_is_not_one_is_not_repeated(api: Api) -> None:

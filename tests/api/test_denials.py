@@ -38,7 +38,6 @@ OPEN_TO_ANYBODY = {
 
 PARAMETERS = {"lease": str(LeaseId.new()), "task": str(TaskId.new()), "number": "0"}
 ALL = [(listener, operation) for listener, operations in OPERATIONS.items() for operation in operations]
-BY_ID = [pytest.param(listener, operation, id=operation.id) for listener, operation in ALL]
 
 
 def now_of(api: Api) -> datetime:
@@ -239,15 +238,20 @@ async def test_every_answer_to_the_allowed_is_documented_too(api: Api) -> None:
             assert await wrong_outcomes(client, listener, lambda _operation: None) == {}
 
 
-@pytest.mark.parametrize(("listener", "operation"), BY_ID)
-async def test_a_path_on_the_wrong_listener_is_404(api: Api, listener: str, operation: Operation) -> None:
-    path = operation.path.format(**PARAMETERS)
-    clients = {"workload": api.client(), "operator": api.operator(), "ops": api.ops()}
-    del clients[listener]
-    for client in clients.values():
-        async with client:
-            for method in METHODS:
-                assert outcome(await client.request(method, path)) == (404, "no-such-path")
+@pytest.mark.parametrize("listener", OPERATIONS)
+async def test_a_path_on_the_wrong_listener_is_404(api: Api, listener: str) -> None:
+    async with api.client() as caller, api.operator() as operator, api.ops() as probe:
+        clients = {"workload": caller, "operator": operator, "ops": probe}
+        for other in set(OPERATIONS) - {listener}:
+            for path in paths_of(other):
+                for method in METHODS:
+                    answer = await clients[listener].request(method, path)
+                    assert outcome(answer) == (404, "no-such-path"), (method, path)
+
+
+def test_no_path_is_served_by_two_listeners() -> None:
+    paths = [set(paths_of(listener)) for listener in OPERATIONS]
+    assert sum(map(len, paths)) == len(set().union(*paths))
 
 
 @pytest.mark.parametrize("spoiled", ["{}/", "/{}", "{}%0A", "{}%00", "{}%2F", "/x{}", "{}//", "{};a"])
