@@ -67,10 +67,14 @@ def examine(found: Diagnosis, environ: Mapping[str, str]) -> None:
     svid = _svid(found, environment) if reachable or environment.token_file else None
     authorities = _authorities(found, environment) if reachable or environment.ca_file else None
     address = _address(found, environment.broker_url)
-    if address is None or authorities is None:
-        found.unknown("broker", "mend what is above first")
+    connection = None if address is None else _connect(found, address)
+    if connection is None or address is None:
         return
-    broker_id = _handshake(found, address, authorities)
+    with connection:
+        if authorities is None:
+            found.unknown("broker's certificate", "there are no authorities to trust it by: mend that first")
+            return
+        broker_id = _handshake(found, connection, address, authorities)
     if broker_id is not None:
         _ask(found, environment, svid, authorities, broker_id)
 
@@ -168,7 +172,7 @@ def _look_at_claims(found: Diagnosis, claims: Mapping[str, Any], audience: str, 
     expires = claims.get("exp")
     if audiences != [audience]:
         shown = ", ".join(str(one) for one in audiences) or "nobody"
-        mend = f"The broker takes a JWT-SVID for itself alone: get one for {audience} only, or set {AUDIENCE} right."
+        mend = f"The broker takes one for itself alone: get one for {audience} only, or set {AUDIENCE} right."
         found.wrong("JWT-SVID", f"the one from {origin} is for {shown}, not for {audience} alone", mend)
     elif not isinstance(expires, int | float) or expires <= time.time():
         mend = "Whatever writes it has stopped, or this host's clock is ahead."
@@ -213,22 +217,27 @@ def _address(found: Diagnosis, url: str) -> _Address | None:
     return _Address(parts.hostname, parts.port or 443)
 
 
-def _handshake(found: Diagnosis, address: _Address, authorities: str) -> str | None:
-    """Connect and check the certificate; return the broker's SPIFFE ID, empty where it has none."""
+def _connect(found: Diagnosis, address: _Address) -> socket.socket | None:
     try:
-        connection = socket.create_connection((address.host, address.port), _SECONDS)
+        return socket.create_connection((address.host, address.port), _SECONDS)
     except OSError as error:
         mend = f"Is the broker running, {BROKER_URL} right, and no firewall between?"
         found.wrong("broker", f"nobody answers at {address} ({error.strerror or type(error).__name__})", mend)
         return None
+
+
+def _handshake(
+    found: Diagnosis, connection: socket.socket, address: _Address, authorities: str
+) -> str | None:
+    """Check the certificate; return the broker's SPIFFE ID, empty where it has none."""
     context = ssl.create_default_context(cadata=authorities)
     try:
-        with connection, context.wrap_socket(connection, server_hostname=address.host) as secured:
+        with context.wrap_socket(connection, server_hostname=address.host) as secured:
             certificate = secured.getpeercert(binary_form=True)
     except ssl.SSLCertVerificationError as error:
         mend = (
-            f"The host name must be one of the certificate's, and the authorities ({CA_FILE}, or the Workload "
-            "API's) those of the broker's trust domain; a wrong clock looks like this, too."
+            "The host name must be one of the certificate's, and the authorities those of the broker's trust "
+            f"domain ({CA_FILE}, or the Workload API's); a wrong clock looks like this, too."
         )
         found.wrong("broker's certificate", f"not trusted: {error.verify_message}", mend)
         return None

@@ -57,7 +57,9 @@ def _examine_socket(found: Diagnosis, socket: Path) -> None:
     name = "operator socket"
     why = why_unreachable(socket)
     if why is not None:
-        mend = "Is the broker running? Its settings' operator.socket is the path; root and its own user may use it."
+        mend = (
+            "Is the broker running? The path is its settings' operator.socket; it is for root and its user."
+        )
         found.wrong(name, why, mend)
         return
     try:
