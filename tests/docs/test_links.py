@@ -8,7 +8,7 @@ from posixpath import normpath
 
 import pytest
 
-from tests.support.documents import ROOT, blocks_in, pages, prose_of, tracked_files
+from tests.support.documents import ROOT, blocks_in, is_tracked, pages, prose_of, tracked_files
 
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
@@ -33,7 +33,7 @@ def test_every_link_of_a_page_leads_somewhere(page: str) -> None:
             continue
         path, _, anchor = target.partition("#")
         resolved = normpath(str(PurePosixPath(page).parent / path)) if path else page
-        there = resolved in tracked_files() or (ROOT / resolved).is_dir()
+        there = is_tracked(resolved)
         if not there or (anchor and anchor not in _anchors(resolved)):
             broken.append(target)
     assert not broken, f"{page} links to {broken}"

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.support.documents import ROOT, code_spans, pages
+from tests.support.documents import code_spans, is_tracked, pages
 
 _SYMBOL = re.compile(r"(?:broker|inventory|adapters|nhi_sdk)(?:\.\w+)+")
 _CLIENT_PAGE = "docs/sdk.md"
@@ -55,7 +55,7 @@ def test_every_file_of_ours_that_a_page_names_exists(page: str) -> None:
     # Only names below a folder of this repository: others are files on a reader's machine.
     folders = "broker|inventory|adapters|policies|sdk|tests|docs|benchmarks|requirements|deploy"
     named = {span for span in code_spans(page) if re.fullmatch(rf"(?:{folders})/[\w./-]*\w", span)}
-    assert not [name for name in sorted(named) if not (ROOT / name).exists()]
+    assert not [name for name in sorted(named) if not is_tracked(name)]
 
 
 def test_a_name_that_does_not_exist_is_noticed() -> None:

@@ -35,6 +35,11 @@ def tracked_files() -> tuple[str, ...]:
     return tuple(sorted(path for path in set(listed.split("\0")) if path and (ROOT / path).is_file()))
 
 
+def is_tracked(path: str) -> bool:
+    """Whether a file, or a folder with something in it, belongs to the repository."""
+    return path in tracked_files() or any(name.startswith(f"{path.rstrip('/')}/") for name in tracked_files())
+
+
 def pages() -> tuple[str, ...]:
     """Paths of every Markdown page."""
     return tuple(path for path in tracked_files() if path.endswith(".md"))
