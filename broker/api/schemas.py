@@ -125,6 +125,9 @@ class TaskRequest(Strict):
 class IntrospectionForm(Strict):
     """Form of ``POST /oauth2/introspect`` (RFC 7662 section 2.1)."""
 
+    # Parameters that we do not know are ignored, as RFC 6749 section 3.2 asks.
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="ignore")
+
     token: Annotated[str, StringConstraints(min_length=1, max_length=16_384, pattern=r"^[\x21-\x7e]+$")]
     token_type_hint: ShortText | None = None
 

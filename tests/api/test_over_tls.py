@@ -55,6 +55,10 @@ def connect(
     return httpx.AsyncClient(verify=context, base_url=f"https://127.0.0.1:{listener.port}", headers=headers)
 
 
+def connect_as_support(api: Api, listener: Listener) -> httpx.AsyncClient:
+    return connect(api, listener, leaf_of(api, "/agent/support-bot"))
+
+
 @pytest.mark.parametrize("proof", ["certificate", "token", "both"])
 async def test_a_caller_is_served_by_what_proves_it(tmp_path: Path, proof: str) -> None:
     async with served(tmp_path) as (api, listener):
@@ -95,16 +99,14 @@ async def test_a_token_of_one_identity_on_a_connection_of_another_is_401(tmp_pat
 
 
 async def test_a_warm_connection_of_a_suspended_identity_gets_nothing_more(tmp_path: Path) -> None:
-    async with served(tmp_path) as (api, listener):
-        async with connect(api, listener, leaf_of(api, "/agent/support-bot")) as client:
-            assert (await client.get("/catalog")).status_code == 200
-            await api.world.services.inventory.suspend(SUPPORT, reason="theft", actor="operator:uid=0")
-            assert (await client.get("/catalog")).status_code == 403
+    async with served(tmp_path) as (api, listener), connect_as_support(api, listener) as client:
+        assert (await client.get("/catalog")).status_code == 200
+        await api.world.services.inventory.suspend(SUPPORT, reason="theft", actor="operator:uid=0")
+        assert (await client.get("/catalog")).status_code == 403
 
 
 async def test_a_warm_connection_of_an_expired_certificate_gets_nothing_more(tmp_path: Path) -> None:
-    async with served(tmp_path) as (api, listener):
-        async with connect(api, listener, leaf_of(api, "/agent/support-bot")) as client:
-            assert (await client.get("/catalog")).status_code == 200
-            api.world.clock.advance(seconds=7200)
-            assert (await client.get("/catalog")).status_code == 401
+    async with served(tmp_path) as (api, listener), connect_as_support(api, listener) as client:
+        assert (await client.get("/catalog")).status_code == 200
+        api.world.clock.advance(seconds=7200)
+        assert (await client.get("/catalog")).status_code == 401
