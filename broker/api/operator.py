@@ -312,7 +312,7 @@ class KillRoutes:
             )
         if not await self._kill.lift(order):
             raise core.InvalidRequest(
-                f"There is no kill of this {order.scope} to lift. List what is killed: nhi kill --list."
+                f"There is no kill of this {order.scope} to lift. `nhi status` lists what is killed."
             )
         return json_response({"scope": order.scope.value, "value": order.value})
 
