@@ -36,6 +36,7 @@ from broker.core.errors import BrokerError
 from broker.core.lease import LeaseState
 from broker.core.ports import Check
 from broker.core.spiffe_id import SpiffeId
+from broker.keys import TokenKeyPolicy
 from broker.keys.file_store import FileKeyStore
 from broker.policy.catalog import Catalog
 from broker.policy.engine import PolicyEngine
@@ -144,8 +145,9 @@ class BrokerProcess:
         services, telemetry, heads, registrations = await self._open()
         await self._register(services, registrations)
         await self._start_identity()
-        await self._start_listeners(services, telemetry, heads)
         await self._start_work(services, heads)
+        # Last to start, first to stop: no request without everything behind it.
+        await self._start_listeners(services, telemetry, heads)
 
     async def _open(self) -> tuple[Services, PrometheusTelemetry, AuditHeads, Registrations]:
         """Open keys and ledger, read policy, build the backends."""
@@ -155,7 +157,8 @@ class BrokerProcess:
         # New keys beside an old ledger could unseal nothing in it: then the old ones must be found.
         untouched = engine.is_untouched(self.settings.ledger.path)
         self.settings.keys.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        keys = FileKeyStore(self.settings.keys.path, self._clock, create=untouched)
+        lifetimes = TokenKeyPolicy(token_ttl_seconds_max=self.settings.workload.token_ttl_seconds_max)
+        keys = FileKeyStore(self.settings.keys.path, self._clock, policy=lifetimes, create=untouched)
         self._closers.append(_as_async(engine.claim(self.settings.ledger.path)))
         copy = HeadCopy(self.settings.audit.copy_directory)
         store = Store.open(self.settings.ledger.path, keys, copy)
@@ -164,7 +167,7 @@ class BrokerProcess:
         services, telemetry = self._build_services(store, keys, configured)
         self.services = services
         heads = AuditHeads(services.ctx, copy)
-        self._closers.append(_as_async(heads.close))
+        self._closers.append(heads.close)
         self._closers.append(services.ctx.backends.close)
         await self._report_slots_behind(services)
         return services, telemetry, heads, configured.registrations
@@ -435,6 +438,7 @@ def configure(settings: Settings, instance: InstanceTag, keys: FileKeyStore) -> 
             keys=keys,
             issuer=issuer,
             status_lists=f"{issuer}/statuslists",
+            ttl_seconds_max=settings.workload.token_ttl_seconds_max,
         )
     except AdapterUnavailableError as error:
         raise StartError([str(error)]) from error

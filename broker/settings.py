@@ -91,7 +91,7 @@ class Workload(_Section):
     port: Port = 8443
     issuer: Annotated[str, Field(pattern=r"^https://[^?#\s]+[^/?#\s]$", max_length=512)]
     token_algorithm: Literal["ES256", "EdDSA", "RS256"] = "ES256"  # noqa: S105  a name, not a password
-    token_ttl_seconds_max: Annotated[int, Field(ge=1, le=3600)] = 900
+    token_ttl_seconds_max: Annotated[int, Field(ge=1, le=3600)] = 3600
 
 
 class Operator(_Section):
@@ -216,9 +216,17 @@ def production_problems(settings: Settings) -> list[str]:
         for backend in settings.backends
         if backend.get("kind") == "fake"
     ]
-    problems += [
-        f"backends: {backend.get('name')!r} connects without TLS to another host. Set sslmode to verify-full."
-        for backend in settings.backends
-        if backend.get("sslmode") == "disable" and backend.get("host") not in LOOPBACK
-    ]
+    for backend in settings.backends:
+        problems += _unverified_tls(backend)
     return problems
+
+
+def _unverified_tls(backend: dict[str, Any]) -> list[str]:
+    """Return what is wrong with how the broker, and those it gives logins to, reach a database."""
+    return [
+        f"backends: {backend.get('name')!r} has {mode} = {backend[mode]!r} for another host, which anybody "
+        "on the way could impersonate. Set it to verify-full."
+        for mode, host in (("sslmode", "host"), ("client_sslmode", "client_host"))
+        if backend.get(mode) in {"disable", "require"}
+        and backend.get(host, backend.get("host")) not in LOOPBACK
+    ]

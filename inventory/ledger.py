@@ -199,14 +199,6 @@ def revoked_status_indices(
     return [index for (index,) in rows]
 
 
-def has_status_index(connection: sqlite3.Connection, first: int, beyond: int) -> bool:
-    """Say whether any lease was given a status index in [first, beyond)."""
-    row = connection.execute(
-        "SELECT 1 FROM leases WHERE status_index >= ? AND status_index < ? LIMIT 1", (first, beyond)
-    ).fetchone()
-    return row is not None
-
-
 # --- writing -----------------------------------------------------------------------------------
 
 
@@ -286,10 +278,16 @@ def pull_back(tx: Transaction, by_ms: int) -> None:
 
 
 def bring_forward(tx: Transaction, latest_ms: int, now_ms: int) -> None:
-    """Make every ending lease due now whose next attempt lies beyond `latest_ms`. Nothing is audited."""
+    """Make due at start what no living process has in hand. Nothing is audited.
+
+    The embedded ledger has one process, so a claim found at its start is a dead one's: no
+    revocation waits for it to run out. Verifications keep their time, which may be the second
+    look's, but for those planned beyond `latest_ms` by a clock that has jumped back since.
+    """
     tx.execute(
-        f"UPDATE leases SET next_action_ms = ? WHERE state IN ({_states(ENDING)}) AND next_action_ms > ?",  # noqa: S608  constants of ours
-        (now_ms, latest_ms),
+        "UPDATE leases SET next_action_ms = :now WHERE next_action_ms > :now AND "
+        "(state = 'revoke_pending' OR (state = 'verifying' AND next_action_ms > :latest))",
+        {"now": now_ms, "latest": latest_ms},
     )
 
 

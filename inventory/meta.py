@@ -5,18 +5,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import sqlite3
+
     from inventory.store.writer import Transaction
 
 
 def reserve_block(tx: Transaction, counter: str, size: int) -> int:
     """Reserve `size` numbers of a counter and return the first. None is ever handed out twice."""
-    row = tx.one("SELECT value FROM meta WHERE key = ?", (counter,))
-    first = 0 if row is None else int(row[0])
+    first = reserved(tx, counter)
     tx.execute(
         "INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
         (counter, str(first + size)),
     )
     return first
+
+
+def reserved(connection: sqlite3.Connection | Transaction, counter: str) -> int:
+    """Return how many numbers of a counter were ever reserved."""
+    row = connection.execute("SELECT value FROM meta WHERE key = ?", (counter,)).fetchone()
+    return 0 if row is None else int(row[0])
 
 
 def claim_job(tx: Transaction, name: str, *, now_ms: int, every_ms: int) -> bool:

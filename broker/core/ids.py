@@ -7,17 +7,25 @@ against the object that the id names.
 from __future__ import annotations
 
 import base64
+import itertools
 import re
 import secrets
+import time
 from typing import ClassVar, Final, Self
 
-_BODY_BYTES: Final = 10  # 80 bits: 16 base32 characters, short enough for a PostgreSQL role name
+_SECONDS_BITS: Final = 34
+_COUNT_BITS: Final = 46
+_COUNT_MASK: Final = (1 << _COUNT_BITS) - 1
+# Together 80 bits: 16 base32 characters, short enough for a PostgreSQL role name.
 _BODY: Final = re.compile(r"[a-z2-7]{16}")
 _INSTANCE: Final = re.compile(r"[a-z2-7]{6}")
 
 
-def _random_base32(size_bytes: int) -> str:
-    return base64.b32encode(secrets.token_bytes(size_bytes)).decode("ascii").rstrip("=").lower()
+_count = itertools.count(secrets.randbits(_COUNT_BITS))
+
+
+def _base32(data: bytes) -> str:
+    return base64.b32encode(data).decode("ascii").rstrip("=").lower()
 
 
 class MalformedIdError(ValueError):
@@ -32,8 +40,14 @@ class _PrefixedId(str):
 
     @classmethod
     def new(cls) -> Self:
-        """Draw a fresh random id (80 bits)."""
-        return cls(cls.prefix + _random_base32(_BODY_BYTES))
+        """Draw a fresh id: the second it was drawn in, then a count that begins at random.
+
+        Ids that begin with the time are neighbours in the ledger's indices: a group of inserts
+        touches a few pages instead of as many as it has rows. The count keeps the ids of one
+        process apart whatever their rate, its random beginning those of two.
+        """
+        drawn = int(time.time()) << _COUNT_BITS | next(_count) & _COUNT_MASK
+        return cls(cls.prefix + _base32(drawn.to_bytes((_SECONDS_BITS + _COUNT_BITS) // 8, "big")))
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -89,7 +103,7 @@ class InstanceTag(str):
     @classmethod
     def new(cls) -> Self:
         """Draw a fresh tag (30 bits)."""
-        return cls(_random_base32(4)[:6])
+        return cls(_base32(secrets.token_bytes(4))[:6])
 
     @classmethod
     def parse(cls, text: str) -> Self:

@@ -70,10 +70,7 @@ class Jobs:
 
     @staticmethod
     def _tick_heads(heads: AuditHeads) -> Callable[[], Awaitable[None]]:
-        async def tick() -> None:
-            heads.tick()
-
-        return tick
+        return heads.tick
 
     async def _scan(self) -> None:
         await self._services.reconcile.scan_all()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 BLOCK: Final = 4096
 """Positions reserved per ledger write; a restart forgets what is left of a block, and that is all."""
 
-_COUNTER: Final = "status_counter"
+STATUS_COUNTER: Final = "status_counter"
 
 
 class StatusIndices:
@@ -34,7 +34,7 @@ class StatusIndices:
             async with self._refill:
                 if self._next >= self._beyond:
                     self._next = await self._store.writer.run(
-                        lambda tx: meta.reserve_block(tx, _COUNTER, BLOCK)
+                        lambda tx: meta.reserve_block(tx, STATUS_COUNTER, BLOCK)
                     )
                     self._beyond = self._next + BLOCK
         counter = self._next

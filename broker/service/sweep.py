@@ -135,8 +135,8 @@ class Sweeper:
     async def _follow_clock(self) -> None:
         """Move what is planned back with a clock that jumped back, so that no retry waits for it.
 
-        A jump while the broker was down is not seen; what lies further ahead than any retry is
-        planned is then due now.
+        At the start there is nothing to compare with: what a dead process had claimed, and what
+        lies further ahead than anything is planned, is due now.
         """
         now_ms = self._ctx.clock.now_ms()
         last_ms = self._last_ms

@@ -16,7 +16,8 @@ from broker.core.errors import UnknownObject
 from broker.core.lease import LeaseState
 from broker.core.status_list import SIZE, encode, status_list_claims
 from broker.service.admit import BARRED
-from inventory import identities, kills, ledger
+from broker.service.status_indices import STATUS_COUNTER
+from inventory import identities, kills, ledger, meta
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -135,9 +136,7 @@ class Tokens:
         ):
             return cached.token
         first = number * SIZE
-        if not 0 <= number < LISTS_MAX or not ledger.has_status_index(
-            self._ctx.store.reader, first, first + SIZE
-        ):
+        if not 0 <= number < LISTS_MAX or first >= meta.reserved(self._ctx.store.reader, STATUS_COUNTER):
             raise UnknownObject
         ended = ledger.revoked_status_indices(
             self._ctx.store.reader, first, first + SIZE, now_ms - STATUS_SKEW_SECONDS * MS_PER_SECOND

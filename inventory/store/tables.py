@@ -109,7 +109,8 @@ class LeaseRow(SQLModel, table=True):
             "leases_by_status_index",
             "status_index",
             unique=True,
-            sqlite_where=text("status_index IS NOT NULL"),
+            # A status list shows what ended; a live token's insert need not touch this index.
+            sqlite_where=text("status_index IS NOT NULL AND state <> 'active'"),
         ),
     )
 
@@ -147,6 +148,7 @@ class DecisionRow(SQLModel, table=True):
     """One decision with its full input as canonical JSON: replayable (DESIGN 7)."""
 
     __tablename__ = "decisions"
+    __table_args__ = ({"sqlite_with_rowid": False},)
 
     id: str = Field(primary_key=True)
     at_ms: int = _ms()

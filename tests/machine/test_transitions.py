@@ -355,8 +355,8 @@ def test_the_database_wants_an_active_lease_acknowledged(path: Path) -> None:
         raw_insert(path, row_of(LeaseState.ACTIVE, activated_ms=None))
 
 
-def test_a_status_index_is_never_given_twice(path: Path) -> None:
-    raw_insert(path, row_of(LeaseState.ACTIVE, status_index=7))
+def test_two_ended_tokens_never_share_a_status_index(path: Path) -> None:
+    raw_insert(path, row_of(LeaseState.EXPIRED, status_index=7))
     with pytest.raises(sqlite3.IntegrityError, match="status_index"):
         raw_insert(path, row_of(LeaseState.REVOKED, status_index=7))
 

@@ -56,6 +56,7 @@ def upgrade() -> None:
         sa.Column("policy_hash", sa.String(), nullable=False),
         sa.Column("input", sa.String(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
+        sqlite_with_rowid=False,
     )
     op.create_table(
         "findings",
@@ -182,7 +183,7 @@ def upgrade() -> None:
         "leases",
         ["status_index"],
         unique=True,
-        sqlite_where=sa.text("status_index IS NOT NULL"),
+        sqlite_where=sa.text("status_index IS NOT NULL AND state <> 'active'"),
     )
     op.create_index("leases_by_task", "leases", ["task_id"], unique=False)
     op.create_index(
