@@ -105,13 +105,3 @@ class InvalidInput(EdgeError):
     def __init__(self, detail: str, errors: Sequence[FieldError]) -> None:
         super().__init__(detail)
         self.errors = tuple(errors)
-
-
-class HttpRefused(EdgeError):
-    """The framework refused with a status that has no row of its own; `status` is the framework's."""
-
-    code = "refused"
-
-    def __init__(self, status: int) -> None:
-        super().__init__("The request was refused before any route saw it.")
-        self.status = status

@@ -13,21 +13,8 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
-from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
-from starlette.responses import Response
 
-from broker.api.edge_errors import (
-    BodyTooLarge,
-    ClientGone,
-    FieldError,
-    HttpRefused,
-    InvalidInput,
-    MethodNotAllowed,
-    NoSuchPath,
-    WrongHost,
-)
+from broker.api.edge_errors import ClientGone, WrongHost
 from broker.api.logs import AccessRecord
 from broker.api.problems import Rendered, code_of, render
 from broker.api.strict_json import header
@@ -36,7 +23,6 @@ from broker.core.errors import BrokerError, Overloaded, Unauthenticated
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from broker.api.limits import RequestLimiter
@@ -70,54 +56,7 @@ def remember_identity(scope: Scope, identity: str) -> None:
     scope["state"]["identity"] = identity
 
 
-def problem_response(scope: Scope, error: Exception) -> Response:
-    """Return the answer that `error` is, logged once."""
-    rendered = _refuse(scope, error)
-    response = Response(rendered.body, rendered.status)
-    response.raw_headers = rendered.headers
-    return response
-
-
-def application(title: str, description: str) -> FastAPI:
-    """Return an empty application whose every error is a problem document.
-
-    No interactive documentation, no schema route, and no redirects: a path is right or it is 404.
-    """
-    app = FastAPI(
-        title=title,
-        description=description,
-        docs_url=None,
-        redoc_url=None,
-        openapi_url=None,
-        redirect_slashes=False,
-    )
-
-    async def answer(request: Request, error: Exception) -> Response:
-        return problem_response(request.scope, _of_framework(error))
-
-    for kind in (BrokerError, HTTPException, RequestValidationError, Exception):
-        app.add_exception_handler(kind, answer)
-    return app
-
-
 # --- errors -------------------------------------------------------------------------------------
-
-
-def _of_framework(error: Exception) -> Exception:
-    """Return the framework's own refusals as ours: its texts may repeat what was sent."""
-    if isinstance(error, RequestValidationError):
-        return InvalidInput("The request does not fit the schema.", [FieldError("", "is not accepted")])
-    if not isinstance(error, HTTPException) or error.status_code >= SERVER_ERROR:
-        return error
-    match error.status_code:
-        case 404:
-            return NoSuchPath("This listener has no such path.")
-        case 405:
-            return MethodNotAllowed((error.headers or {}).get("Allow", ""))
-        case 413:
-            return BodyTooLarge("The request's body is too large.")
-        case status:
-            return HttpRefused(status)
 
 
 def _refuse(scope: Scope, error: BaseException) -> Rendered:
@@ -154,13 +93,12 @@ def _trace_id(scope: Scope) -> str:
 class _Answer:
     """Stands between the application and the server's `send`: adds headers, remembers the outcome."""
 
-    __slots__ = ("_send", "_trace_id", "complete", "status")
+    __slots__ = ("_send", "_trace_id", "status")
 
     def __init__(self, send: Send, trace_id: str) -> None:
         self._send = send
         self._trace_id = trace_id
         self.status: int | None = None
-        self.complete = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -172,8 +110,6 @@ class _Answer:
                 headers.append(_NO_STORE)
             message = {**message, "headers": headers}
         await self._send(message)
-        if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self.complete = True
 
     async def send(self, rendered: Rendered) -> None:
         """Send a whole problem."""
@@ -280,9 +216,8 @@ async def _recover(scope: Scope, answer: _Answer, error: Exception) -> None:
     if isinstance(error, ClientGone):
         scope["state"]["problem"] = error.code
     elif answer.status is None:
-        await answer.send(_refuse(scope, _of_framework(error)))
-    elif not answer.complete:
-        # Half an answer is out. Returning without the rest makes the server cut the connection,
-        # so that the client does not take the half for the whole.
-        _log.error("answer broken off", trace_id=trace_id_of(scope), exc_info=error)
-    # Otherwise the framework answered through `application`'s handler, logged there, and raised again.
+        await answer.send(_refuse(scope, error))
+    else:
+        # Where only half an answer is out, returning without the rest makes the server cut the
+        # connection, so that the client does not take the half for the whole.
+        _log.error("failed after its answer began", trace_id=trace_id_of(scope), exc_info=error)

@@ -96,7 +96,6 @@ TABLE: Final[Mapping[type[core.BrokerError], Row]] = {
     edge.ClientGone: Row(400, "Client gone", "Keep the connection open until the answer is read."),
     edge.MalformedJson: Row(400, "Malformed JSON", "Send one JSON object in UTF-8 without repeated keys."),
     edge.InvalidInput: Row(422, "Invalid input", "Correct the fields listed under errors."),
-    edge.HttpRefused: Row(400, "Bad request", "Change the request as the detail says."),
 }
 
 
@@ -129,7 +128,7 @@ def problem(error: BaseException, trace_id: str) -> dict[str, Any]:
     members: dict[str, Any] = {
         "type": TYPE_PREFIX + code,
         "title": row.title,
-        "status": error.status if isinstance(error, edge.HttpRefused) else row.status,
+        "status": row.status,
         "detail": _INTERNAL_DETAIL,
         "trace_id": trace_id,
     }

@@ -6,28 +6,42 @@ import asyncio
 import ssl
 import tempfile
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import orjson
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from fastapi import Request  # noqa: TC002  FastAPI resolves the routes' annotations
 from starlette.responses import Response
 
 from broker.api.listeners import Listener, TcpBind
 from broker.api.metrics import SilentEdgeTelemetry
-from broker.api.middleware import RequestBoundary, application
+from broker.api.middleware import RequestBoundary
+from broker.api.operations import Operation, listener_app
 from broker.api.protocol import ConnectionLimits, peer_certificates, unix_peer
 from broker.api.strict_json import read_body
 from tests.support.pki import Authority, Leaf, san
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+
+    from starlette.requests import Request
+    from starlette.types import ASGIApp
 
     from broker.api.listeners import Bind
+    from broker.api.operations import Endpoint
     from broker.api.tls import ServerTls
 
 LOOPBACK = TcpBind("127.0.0.1", 0)
+
+
+def routed(endpoints: Mapping[str, Endpoint]) -> ASGIApp:
+    """The listeners' own router over endpoints named ``GET /path``."""
+    bound = []
+    for name, endpoint in endpoints.items():
+        method, path = name.split(" ")
+        operation = Operation(method=method, path=path, id=name, summary="Of a test", answers={})
+        bound.append((operation, endpoint))
+    return listener_app(bound)
 
 
 class RecordingTelemetry(SilentEdgeTelemetry):
@@ -76,10 +90,7 @@ class EdgeUnderTest:
         boundary = RequestBoundary(self._application(), listener=name, telemetry=self.telemetry)
         self.listener = Listener(name, boundary, bind, telemetry=self.telemetry, tls=tls, limits=limits)
 
-    def _application(self) -> Any:
-        app = application("test", "test")
-
-        @app.get("/peer")
+    def _application(self) -> ASGIApp:
         async def peer(request: Request) -> Response:
             certificates, unix = peer_certificates(request.scope), unix_peer(request.scope)
             return Response(
@@ -94,20 +105,18 @@ class EdgeUnderTest:
                 )
             )
 
-        @app.post("/echo")
         async def echo(request: Request) -> Response:
             self.reached.set()
             body = await read_body(request.scope, request.receive)
             names = sorted({name.decode() for name, _ in request.scope["headers"]})
             return Response(orjson.dumps({"size": len(body), "headers": names}))
 
-        @app.get("/slow")
-        async def slow() -> Response:
+        async def slow(_request: Request) -> Response:
             self.reached.set()
             await self.go.wait()
             return Response(b"done")
 
-        return app
+        return routed({"GET /peer": peer, "POST /echo": echo, "GET /slow": slow})
 
     async def __aenter__(self) -> Self:
         await self.listener.start()
