@@ -96,7 +96,11 @@ class Evaluator:
             entities = self._entities(_entities_json(source))
         except ValueError:
             return Answer(Outcome.FAILED)
-        policies = self.compiled.permits if permits_only else self.compiled.everything
+        by_scope = self.compiled.permits_by_scope if permits_only else self.compiled.everything_by_scope
+        principal, resource = source["principal"], source["resource"]
+        policies = by_scope.matching(
+            (principal["type"], principal["id"]), source["action"], (resource["type"], resource["id"])
+        )
         return self._read(cedarpy.is_authorized(_request(source, context.decode()), policies, entities))
 
     def _read(self, result: cedarpy.AuthzResult) -> Answer:

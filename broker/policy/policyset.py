@@ -14,6 +14,7 @@ import orjson
 
 from broker.policy.errors import PolicyError
 from broker.policy.inputs import CREDENTIAL, EFFECTS, OPEN_TASK, TASK
+from broker.policy.slices import Slices, policy_set
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -69,6 +70,7 @@ PLACEHOLDERS: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
 
 _ID: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _GROUP: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_ACTIONS: Final = frozenset({*EFFECTS, OPEN_TASK})
 _ANNOTATIONS: Final = frozenset({"id", "reason", "needs_approval"})
 
 
@@ -142,12 +144,15 @@ class CompiledPolicies:
 
     Attributes:
         permits: the same set without its forbids: tells whether a request would pass but for them.
+        everything_by_scope, permits_by_scope: the same, cut down to what one question can match.
 
     """
 
     schema: cedarpy.Schema
     everything: cedarpy.PolicySet
     permits: cedarpy.PolicySet
+    everything_by_scope: Slices
+    permits_by_scope: Slices
     policies: Mapping[str, PolicyInfo]
 
 
@@ -180,8 +185,10 @@ def compile_policies(sources: PolicySources, guards: frozenset[str] = GUARDS) ->
     permits = {name: body for name, body in statements.items() if policies[name].effect == "permit"}
     return CompiledPolicies(
         schema=schema,
-        everything=_policy_set(statements),
-        permits=_policy_set(permits),
+        everything=policy_set(statements),
+        permits=policy_set(permits),
+        everything_by_scope=Slices(statements, _ACTIONS),
+        permits_by_scope=Slices(permits, _ACTIONS),
         policies=MappingProxyType(policies),
     )
 
@@ -302,9 +309,3 @@ def _check_whole(policies: Mapping[str, PolicyInfo], guards: frozenset[str]) -> 
         found = policies.get(name)
         if found is None or found.effect != "forbid":
             yield f"the guard {name} is missing: keep guards.cedar, it holds tasks to their bounds"
-
-
-def _policy_set(statements: Mapping[str, dict[str, Any]]) -> cedarpy.PolicySet:
-    """Build a set whose policies are called by their ``@id`` in every answer of Cedar's."""
-    body = {"staticPolicies": dict(statements), "templates": {}, "templateLinks": []}
-    return cedarpy.PolicySet.from_json_str(orjson.dumps(body).decode())
