@@ -72,6 +72,7 @@ class Chaos:
         self._tell = tell
         self._held: list[Credential] = []
         self._stopping = asyncio.Event()
+        self._client: httpx.AsyncClient | None = None
         self._config = parts.directory / "broker.toml"
         self.report = Report()
 
@@ -92,6 +93,7 @@ class Chaos:
             for agent in agents:
                 agent.cancel()
             await asyncio.gather(*agents, return_exceptions=True)
+            await self.close()
             await child.stop()
         self._check_ledger_knows_all()
         return self.report
@@ -164,30 +166,42 @@ class Chaos:
         self.report.mints = self._query("SELECT count(*) FROM leases")[0][0]
         self._tell(f"using {len(self._held)} credentials received, of {self.report.mints} leases")
         gate = asyncio.Semaphore(LOGINS_AT_ONCE)
-        alive = await asyncio.gather(*(self._works(credential, gate) for credential in self._held))
+
+        async def used(credential: Credential) -> bool:
+            async with gate:
+                return await self.works(credential)
+
+        alive = await asyncio.gather(*(used(credential) for credential in self._held))
         for credential, works in zip(self._held, alive, strict=True):
             if works:
                 self.report.outlived += 1
                 self.report.details.append(f"outlived: {credential.lease_id}")
 
-    async def _works(self, credential: Credential, gate: asyncio.Semaphore) -> bool:
-        async with gate:
-            if credential.resource == "orders-db":
-                return await _login_works(credential)
-            return await self._token_works(credential)
+    async def works(self, credential: Credential) -> bool:
+        """Use a credential and say whether it works."""
+        if credential.resource == "orders-db":
+            return await _login_works(credential)
+        return await self._token_works(credential)
 
     async def _token_works(self, credential: Credential) -> bool:
         domain = self._parts.trust_domain
         svid = domain.issue_jwt_svid(REPORTS_API, self._parts.settings.identity.audience)
-        trust = ssl.create_default_context(cadata=domain.x509_bundle())
-        async with httpx.AsyncClient(base_url=self._parts.broker_url, verify=trust, timeout=30) as client:
-            answer = await client.post(
-                "/oauth2/introspect",
-                data={"token": credential.token.access_token},
-                headers={"Authorization": f"Bearer {svid}"},
-            )
-            answer.raise_for_status()
-            return answer.json()["active"] is True
+        if self._client is None:
+            trust = ssl.create_default_context(cadata=domain.x509_bundle())
+            self._client = httpx.AsyncClient(base_url=self._parts.broker_url, verify=trust, timeout=30)
+        answer = await self._client.post(
+            "/oauth2/introspect",
+            data={"token": credential.token.access_token},
+            headers={"Authorization": f"Bearer {svid}"},
+        )
+        answer.raise_for_status()
+        return answer.json()["active"] is True
+
+    async def close(self) -> None:
+        """Close the connections that credentials were used over."""
+        if self._client is not None:
+            await self._client.aclose()
+            self._client = None
 
     def _check_ledger_knows_all(self) -> None:
         """Every credential received has a row, and ended in a state that claims no more than was proven."""
