@@ -90,8 +90,9 @@ def _files(settings: Settings) -> Iterator[str]:
     ledger, keys = settings.ledger.path, settings.keys.path
     yield from _directory("ledger.path", ledger.parent, private=True)
     if ledger.exists():
-        yield from _ledger(ledger)
-        if not keys.exists() and not is_untouched(ledger):
+        problems = list(_ledger(ledger))
+        yield from problems
+        if not problems and not keys.exists() and not is_untouched(ledger):
             yield (
                 f"keys.path: {keys} does not exist, but the ledger does: what it holds was sealed with keys "
                 "that are not here. Restore the key file from its backup."
