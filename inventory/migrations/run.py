@@ -11,7 +11,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, event
 from sqlalchemy.pool import NullPool
 
-from inventory.store.engine import LedgerSchemaError, schema_revision
+from inventory.store.connections import LedgerSchemaError, schema_revision
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection

@@ -1,67 +1,43 @@
-"""Opening the embedded ledger: SQLite, WAL, ``synchronous=FULL``, one file, one deployment.
-
-With commits grouped by the writer, FULL costs almost nothing and an acknowledged lease
-survives a power cut.
-"""
+"""Opening the embedded ledger: one file, one deployment, one process at a time."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-import sqlite3
 from typing import TYPE_CHECKING, Final
 
-from broker.core.errors import LedgerUnavailable
 from broker.core.ids import InstanceTag
+from inventory.store.connections import (
+    LedgerSchemaError,
+    open_for_reading,
+    open_for_writing,
+    schema_revision,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+__all__ = [
+    "SCHEMA_REVISION",
+    "LedgerInUseError",
+    "LedgerSchemaError",
+    "claim",
+    "is_untouched",
+    "open_for_reading",
+    "open_for_writing",
+    "prepare",
+    "schema_revision",
+]
+
 SCHEMA_REVISION: Final = "0001"
 """Alembic's head; start-up compares it without importing Alembic."""
 
-_BUSY_TIMEOUT_MS: Final = 5000
-_CACHE_KIB: Final = 16_384
 _FILE_MODE: Final = 0o600
-
-
-class LedgerSchemaError(RuntimeError):
-    """The ledger's schema is not the one this version of the broker needs."""
 
 
 class LedgerInUseError(RuntimeError):
     """Another process has claimed the ledger."""
-
-
-def open_for_writing(path: Path) -> sqlite3.Connection:
-    """Open the connection that only the writer uses.
-
-    It crosses threads (statements on the loop, COMMIT in one worker thread), never
-    concurrently; the writer sees to that.
-    """
-    connection = _connect(f"file:{path}?mode=rw")
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=FULL")
-    connection.execute("PRAGMA foreign_keys=ON")
-    return connection
-
-
-def open_for_reading(path: Path) -> sqlite3.Connection:
-    """Open a connection that cannot write: ``query_only``, and it sees committed rows only."""
-    connection = _connect(f"file:{path}?mode=rw")
-    connection.execute("PRAGMA query_only=ON")
-    return connection
-
-
-def _connect(uri: str) -> sqlite3.Connection:
-    try:
-        connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
-    except sqlite3.OperationalError as error:
-        raise LedgerUnavailable("The ledger cannot be opened.") from error
-    connection.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
-    connection.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
-    return connection
 
 
 def prepare(path: Path) -> InstanceTag:
@@ -113,21 +89,6 @@ def is_untouched(path: Path) -> bool:
     connection = open_for_reading(path)
     try:
         return connection.execute("SELECT 1 FROM audit LIMIT 1").fetchone() is None
-    finally:
-        connection.close()
-
-
-def schema_revision(path: Path) -> str | None:
-    """Return the revision the file is at, None for an empty one."""
-    connection = _connect(f"file:{path}?mode=rw")
-    try:
-        known = connection.execute(
-            "SELECT 1 FROM sqlite_master WHERE type='table' AND name='alembic_version'"
-        ).fetchone()
-        if known is None:
-            return None
-        row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
-        return None if row is None else str(row[0])
     finally:
         connection.close()
 
