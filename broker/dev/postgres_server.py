@@ -49,7 +49,7 @@ host all all 127.0.0.1/32 scram-sha-256
 _SETTINGS: Final[Mapping[str, str]] = {
     "listen_addresses": HOST,
     "unix_socket_directories": "",
-    "password_encryption": "scram-sha-256",
+    "password_encryption": "scram-sha-256",  # pragma: allowlist secret  a method's name
     "max_connections": "300",
     "shared_buffers": "32MB",
     "huge_pages": "off",

@@ -122,7 +122,7 @@ async def test_every_answer_carries_a_fresh_trace_id_and_is_not_stored() -> None
 async def test_a_valid_traceparent_is_taken_over() -> None:
     async with Edge().client() as client:
         answer = await client.get("/things/a", headers={"traceparent": PARENT})
-    assert answer.headers["trace-id"] == "0af7651916cd43dd8448eb211c80319c"
+    assert answer.headers["trace-id"] == PARENT.split("-")[1]
 
 
 @pytest.mark.parametrize(

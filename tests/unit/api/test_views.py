@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import secrets
+
 import orjson
 
 from broker.api import schemas, views
@@ -82,14 +84,15 @@ def test_a_task_view_keeps_the_contract() -> None:
 
 
 def test_a_credential_view_keeps_the_contract_and_holds_the_secret() -> None:
+    password = secrets.token_hex()
     credential = Credential(
         kind="postgresql_login",
         public={"host": "h", "port": 5432, "database": "d", "username": "u", "sslmode": "require"},
-        secret={"password": Secret("s3cret")},
+        secret={"password": Secret(password)},
     )
     view = views.credential_view(
         lease(), credential, Basis(("p1",), "ab" * 32), DecisionId.new(), renewable=False
     )
     answer = schemas.CredentialAnswer.model_validate_json(orjson.dumps(view))
     assert isinstance(answer.credential, schemas.PostgresqlLogin)
-    assert answer.credential.password == "s3cret"
+    assert answer.credential.password == password

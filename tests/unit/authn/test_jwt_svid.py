@@ -6,6 +6,7 @@ import base64
 import hashlib
 import hmac
 import json
+import string
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -320,7 +321,7 @@ def test_an_illegal_token_is_refused_by_its_rule(case: Illegal) -> None:
 def test_j_13_bits_left_over_at_the_end_of_a_part() -> None:
     token = SIGNER.token()
     first, second, third = token.split(".")
-    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+    alphabet = f"{string.ascii_uppercase}{string.ascii_lowercase}{string.digits}-_"
     assert len(third) % 4 == 2, "64 bytes of signature leave four bits over"
     twin = third[:-1] + alphabet[alphabet.index(third[-1]) + 1]
     assert base64.urlsafe_b64decode(twin + "==") == base64.urlsafe_b64decode(third + "==")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import hmac
+import string
 from typing import TYPE_CHECKING
 
 import jwt
@@ -198,7 +199,7 @@ def test_a_token_of_another_store_with_our_kid_is_refused(
 def test_another_spelling_of_a_genuine_token_is_refused(store: FileKeyStore, reader: TokenReader) -> None:
     token = _sign(store, _claims())
     assert reader.read(token, NOW_MS) is not None
-    last = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+    last = f"{string.ascii_uppercase}{string.ascii_lowercase}{string.digits}-_"
     twin = token[:-1] + last[last.index(token[-1]) ^ 1]  # differs in bits that decoding throws away
     header, payload, signature = token.split(".")
     spellings = [

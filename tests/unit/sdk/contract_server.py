@@ -12,6 +12,7 @@ import contextlib
 import json
 import secrets
 import ssl
+import string
 import threading
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -402,4 +403,4 @@ def _json(status: int, document: dict[str, Any]) -> tuple[int, dict[str, str], b
 
 
 def _id(prefix: str) -> str:
-    return prefix + "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz234567") for _ in range(16))
+    return prefix + "".join(secrets.choice(string.ascii_lowercase + "234567") for _ in range(16))
