@@ -15,7 +15,7 @@ from nhi_sdk.cli.output import ExitCode, print_json, printable, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import TextIO
+    from types import ModuleType
 
 
 def register(app: typer.Typer) -> None:
@@ -28,50 +28,55 @@ def demo(*, as_json: Json = False) -> None:
 
     Exits 0 only if every step held. Leaves no process behind, also when interrupted.
     """
+    from broker.cli.development import PartsFailedError, parts_explained  # noqa: PLC0415  heavy: see the package
+
+    try:
+        with parts_explained():
+            outcome = _logged(as_json=as_json)
+    except PartsFailedError as error:
+        outcome = {"ok": False, "error": str(error)}
+    if as_json:
+        print_json(outcome)
+    elif outcome["ok"]:
+        _where_next()
+    else:
+        say(str(outcome["error"]))
+    if not outcome["ok"]:
+        raise typer.Exit(ExitCode.FAILED)
+
+
+def _logged(*, as_json: bool) -> dict[str, Any]:
+    """Run the story with the broker's log in a file, which is named only where it may help."""
+    # First of all what takes long, so that who gives up meanwhile leaves no file behind.
+    from broker.api.logs import configure_logging  # noqa: PLC0415  heavy: see the package
+    from broker.dev import demo as story  # noqa: PLC0415  same
+
     descriptor, name = tempfile.mkstemp(prefix="nhi-demo-", suffix=".log")
     log = Path(name)
     held = False
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            outcome = _run(stream, lambda: log.unlink(missing_ok=True), as_json=as_json)
-        held = outcome.get("ok") is True
+            configure_logging(level="INFO", log_format="text", stream=stream)
+            outcome = _told(story, lambda: log.unlink(missing_ok=True), as_json=as_json)
+        held = outcome["ok"]
     finally:
         if held:
             log.unlink(missing_ok=True)
         else:
             say(f"what the broker had to say is in {log}")
-    if as_json:
-        print_json(outcome)
-    elif held:
-        _where_next()
-    else:
-        say(str(outcome["error"]))
-    if not held:
-        raise typer.Exit(ExitCode.FAILED)
+    return outcome
 
 
-def _run(log: TextIO, before_leaving: Callable[[], None], *, as_json: bool) -> dict[str, Any]:
-    from broker.cli.development import PartsFailedError, parts_explained  # noqa: PLC0415  heavy: see the package
+def _told(story: ModuleType, before_leaving: Callable[[], None], *, as_json: bool) -> dict[str, Any]:
+    from broker.cli.interruptible import run_until_signalled  # noqa: PLC0415  heavy: see the package
 
+    narrator = story.Narrator(None if as_json else _storyteller())
     try:
-        with parts_explained():
-            return _told(log, before_leaving, as_json=as_json)
-    except PartsFailedError as error:
+        run = run_until_signalled(story.run_demo(narrator), before_leaving=before_leaving)
+    except story.DemoFailed as error:
         return {"ok": False, "error": str(error)}
-
-
-def _told(log: TextIO, before_leaving: Callable[[], None], *, as_json: bool) -> dict[str, Any]:
-    from broker.api.logs import configure_logging  # noqa: PLC0415  heavy: see the package
-    from broker.cli.interruptible import run_until_signalled  # noqa: PLC0415  same
-    from broker.dev.demo import DemoFailed, Narrator, run_demo  # noqa: PLC0415  same
-
-    configure_logging(level="INFO", log_format="text", stream=log)
-    narrator = Narrator(None if as_json else _storyteller())
-    try:
-        run = run_until_signalled(run_demo(narrator), before_leaving=before_leaving)
-    except DemoFailed as error:
-        return {"ok": False, "error": str(error)}
-    return run.as_json()
+    document: dict[str, Any] = run.as_json()
+    return document
 
 
 def _storyteller() -> Callable[[str], None]:
