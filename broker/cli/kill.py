@@ -56,11 +56,9 @@ def kill(
         return
     print_fields(answer)
     if not lift:
-        say(f"killed; what is not proven dead yet: nhi leases list --live; to lift it: {_lift(scope, value)}")
-
-
-def _lift(scope: str, value: str) -> str:
-    return "not possible, a task stays ended" if scope == "task" else f"nhi kill --{scope} {value} --lift"
+        say("killed; what is not proven dead yet: nhi leases list --live")
+    if not lift and scope != "task":
+        say(f"it stays killed until somebody lifts it: nhi kill --{scope} {value} --lift --reason TEXT")
 
 
 def confirm(question: str, *, assumed: bool) -> None:
