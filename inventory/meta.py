@@ -26,6 +26,12 @@ def reserved(connection: sqlite3.Connection | Transaction, counter: str) -> int:
     return 0 if row is None else int(row[0])
 
 
+def is_due(connection: sqlite3.Connection, name: str, *, now_ms: int, every_ms: int) -> bool:
+    """Say whether `claim_job` may succeed, without opening a write transaction."""
+    row = connection.execute("SELECT due_ms FROM jobs WHERE name = ?", (name,)).fetchone()
+    return row is None or not now_ms < row[0] <= now_ms + every_ms
+
+
 def claim_job(tx: Transaction, name: str, *, now_ms: int, every_ms: int) -> bool:
     """Claim a periodic job's next run; False where another process has it already.
 

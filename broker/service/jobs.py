@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+TICK_SECONDS: Final = 15
+"""How often it is asked whether a job is due. Ticking once a period would come a moment too early
+for the row every other time, and a broker restarted within the hour would never scan."""
+
 KEY_ROTATION_SECONDS: Final = 60
 PURGE_SECONDS: Final = 300
 
@@ -59,6 +63,8 @@ class Jobs:
             now_ms = self._ctx.clock.now_ms()
             every_ms = seconds * MS_PER_SECOND
             try:
+                if not meta.is_due(self._ctx.store.reader, name, now_ms=now_ms, every_ms=every_ms):
+                    return
                 if await self._ctx.store.writer.run(
                     lambda tx: meta.claim_job(tx, name, now_ms=now_ms, every_ms=every_ms)
                 ):
@@ -66,7 +72,7 @@ class Jobs:
             except BrokerError as error:
                 log.warning("job.postponed", job=name, code=error.code)
 
-        self._scheduler.add_job(run, "interval", seconds=seconds, id=name)
+        self._scheduler.add_job(run, "interval", seconds=min(seconds, TICK_SECONDS), id=name)
 
     @staticmethod
     def _tick_heads(heads: AuditHeads) -> Callable[[], Awaitable[None]]:
