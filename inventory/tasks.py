@@ -153,11 +153,10 @@ def end(
     return dataclasses.replace(task, state=TaskState.ENDED, ended_ms=at_ms, end_cause=cause)
 
 
-def end_inline(tx: Transaction, task_id: TaskId, *, at_ms: int, actor: str) -> None:
-    """Close the inline task whose only lease has ended; nothing happens for any other task."""
+def end_inline(tx: Transaction, task_id: TaskId, *, at_ms: int, actor: str) -> bool:
+    """Close the inline task whose only lease has ended; False where it is another kind, or closed."""
     row = tx.one("SELECT 1 FROM tasks WHERE id = ? AND inline AND state = 'open'", (task_id,))
-    if row is None:
-        return
-    task = get(tx, task_id)
-    if task is not None:
-        end(tx, task, TaskEndCause.INLINE, at_ms=at_ms, actor=actor, reason="")
+    task = None if row is None else get(tx, task_id)
+    if task is None:
+        return False
+    return end(tx, task, TaskEndCause.INLINE, at_ms=at_ms, actor=actor, reason="") is not None

@@ -7,6 +7,7 @@ dict to its model in `broker.api.schemas`.
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from broker.api.edge_errors import FieldError, InvalidInput
@@ -29,7 +30,13 @@ if TYPE_CHECKING:
 def render_time(at_ms: int) -> str:
     """Return RFC 3339 in UTC with milliseconds and Z."""
     seconds, ms = divmod(at_ms, MS_PER_SECOND)
-    return f"{datetime.fromtimestamp(seconds, UTC).isoformat()[:19]}.{ms:03d}Z"
+    return f"{_to_the_second(seconds)}.{ms:03d}Z"
+
+
+@lru_cache(maxsize=256)
+def _to_the_second(seconds: int) -> str:
+    """Return the part that all times of one second share: answers of a busy second repeat it."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat()[:19]
 
 
 def parse_time(text: str, field: str) -> int:

@@ -233,7 +233,7 @@ class Issue:
         self, caller: Caller, facts: IdentityFacts, request: CredentialRequest, now_ms: int
     ) -> tuple[tasks.OpenedTask | None, Task]:
         if isinstance(request.task, TaskId):
-            task = task_rows.get(self._ctx.store.reader, request.task)
+            task = self._ctx.known.task(request.task)
             if task is None or task.identity != caller.spiffe_id:
                 raise UnknownObject
             if task.state is not TaskState.OPEN or task.deadline_ms <= now_ms:

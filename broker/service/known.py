@@ -10,11 +10,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from broker.core.facts import History
+from broker.core.task import TaskState
 from inventory import decisions, identities, kills
+from inventory import tasks as task_rows
 
 if TYPE_CHECKING:
     from broker.core.facts import Grant, IdentityFacts
+    from broker.core.ids import TaskId
     from broker.core.spiffe_id import SpiffeId
+    from broker.core.task import Task
     from inventory.kills import Kill
     from inventory.store.store import Store
 
@@ -36,6 +40,7 @@ class KnownFacts:
         self._identities: dict[str, IdentityFacts] = {}
         self._grants: dict[str, dict[Grant, int]] = {}
         self._kills: list[Kill] | None = None
+        self._tasks: dict[TaskId, Task] = {}
 
     def refresh(self) -> int:
         """Forget what may have changed, and return the version that reads from now on belong to."""
@@ -75,6 +80,25 @@ class KnownFacts:
     def last_granted_ms(self, scope: str, grant: Grant) -> int:
         """Return when a grant was last recorded in a scope, 0 where never."""
         return self._grants_of(scope).get(grant, 0)
+
+    def task(self, task_id: TaskId) -> Task | None:
+        """Return a task; what it says is fixed, but for the count of its leases.
+
+        An open one is remembered until the commit that ends it. Whoever issues under it still
+        takes from its budget in the transaction, and that alone decides.
+        """
+        known = self._tasks.get(task_id)
+        if known is None:
+            known = task_rows.get(self._store.reader, task_id)
+            if known is not None and known.state is TaskState.OPEN:
+                if len(self._tasks) >= REMEMBERED_MAX:
+                    self._tasks.clear()
+                self._tasks[task_id] = known
+        return known
+
+    def forget_task(self, task_id: TaskId) -> None:
+        """Forget a task that has ended. To be called after the commit that ended it."""
+        self._tasks.pop(task_id, None)
 
     def _grants_of(self, scope: str) -> dict[Grant, int]:
         known = self._grants.get(scope)

@@ -57,8 +57,9 @@ def move(
             findings.close_finding(tx, FINDING_STUCK, lease.id, at_ms=now_ms, actor=actor)
     elif target is LeaseState.REVOKE_PENDING:
         tx.after_commit(ctx.sweep_due.set)
-    if lease.ended_ms is None and moved.ended_ms is not None:
-        tasks.end_inline(tx, lease.task_id, at_ms=now_ms, actor=actor)
+    ends = lease.ended_ms is None and moved.ended_ms is not None
+    if ends and tasks.end_inline(tx, lease.task_id, at_ms=now_ms, actor=actor):
+        tx.after_commit(lambda: ctx.known.forget_task(lease.task_id))
     return moved
 
 

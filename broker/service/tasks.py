@@ -222,6 +222,7 @@ def end_task(
     """Close a task and move its live leases, in one transaction (DESIGN 4); None where it had ended."""
     ended = task_rows.end(tx, task, cause, at_ms=ctx.clock.now_ms(), actor=actor, reason=reason)
     if ended is not None:
+        tx.after_commit(lambda: ctx.known.forget_task(task.id))
         leases = ledger.live_of_task(tx, task.id)
         moves.end_all(ctx, tx, leases, _CAUSE_OF_LEASES[cause], actor=actor)
     return ended
