@@ -93,6 +93,7 @@ async def _stay(directory: Path | None, port: int, agent: str) -> None:
     from broker.api.logs import configure_logging  # noqa: PLC0415  heavy: see the package
     from broker.dev.environment import DevEnvironment  # noqa: PLC0415  same
 
+    _check_known(agent)
     say("starting a trust domain, a PostgreSQL server and a broker ...")
     access_log = configure_logging(level="WARNING")
     async with DevEnvironment(directory, workload_port=port, access_log=access_log) as environment:
@@ -102,6 +103,18 @@ async def _stay(directory: Path | None, port: int, agent: str) -> None:
             while True:  # ends when it is cancelled
                 await asyncio.sleep(REFRESH_SECONDS)
                 files.refresh()
+
+
+def _check_known(agent: str) -> None:
+    """Leave with the identities there are, where the one asked for is none of them."""
+    from broker.dev.environment import POLICIES  # noqa: PLC0415  heavy: see the package
+    from broker.dev.trust_domain import TRUST_DOMAIN_DEFAULT  # noqa: PLC0415  same
+    from broker.policy.registrations import Registrations  # noqa: PLC0415  same
+
+    known = [one.spiffe_id for one in Registrations.load(POLICIES / "identities.yaml")]
+    ours = sorted(one for one in known if one.trust_domain == TRUST_DOMAIN_DEFAULT)
+    if agent not in ours:
+        fail(f"--as {agent}: there is no such identity here; there are: {', '.join(ours)}", ExitCode.USAGE)
 
 
 class AgentFiles:

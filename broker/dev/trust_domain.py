@@ -129,7 +129,15 @@ class EmbeddedTrustDomain:
             AuthorityFileError: the file with the keys is damaged, readable by others, or another domain's.
 
         """
-        await asyncio.to_thread(self._start)
+        work = asyncio.ensure_future(asyncio.to_thread(self._start))
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            # The thread cannot be interrupted: let it finish, then undo, so that no socket stays.
+            await asyncio.wait({work})
+            if work.exception() is None:
+                await self.close()
+            raise
         return self
 
     async def close(self) -> None:
