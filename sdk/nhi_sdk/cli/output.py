@@ -168,14 +168,24 @@ def print_fields(fields: Mapping[str, object]) -> None:
     _console().print(table)
 
 
+_PIPED_WIDTH: Final = 1000
+"""Where no terminal bounds it, a row is one line: what follows in the pipe reads lines."""
+
+
 def print_rows(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print many things of a kind."""
+    """Print many things of a kind; the first column is never broken, a row in a pipe is one line."""
+    console = _console()
+    if not console.is_terminal:
+        console.width = _PIPED_WIDTH
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in columns:
-        table.add_column(Text(name), overflow="fold")
+    for number, name in enumerate(columns):
+        table.add_column(Text(name), overflow="fold", no_wrap=number == 0)
     for row in rows:
         table.add_row(*(Text(cell(value)) for value in row))
-    _console().print(table)
+    with console.capture() as drawn:
+        console.print(table)
+    # A table is filled up with blanks to its width, which nobody wants in a pipe.
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in drawn.get().splitlines()))
 
 
 def _console() -> Console:
