@@ -12,113 +12,52 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-import structlog
-
 from broker.core.clock import MS_PER_SECOND
-from broker.core.decision import Allow, Basis, Deny, NeedsApproval
-from broker.core.errors import (
-    BrokerError,
-    IdentityRefused,
-    LeaseLost,
-    MintFailed,
-    Overloaded,
-    PolicyDenied,
-    StillMinting,
-    TaskClosed,
-    UnknownObject,
-)
-from broker.core.facts import CredentialQuestion, Grant, History, TaskFacts
+from broker.core.decision import Allow, Deny, NeedsApproval
+from broker.core.errors import Overloaded, PolicyDenied, TaskClosed, UnknownObject
+from broker.core.facts import CredentialQuestion, TaskFacts
 from broker.core.ids import DecisionId, LeaseId, TaskId, backend_name
-from broker.core.lease import NEVER_ACTIVE, Cause, Lease, LeaseState, Urgency
-from broker.core.ports import NATIVE_EXPIRY_MARGIN_SECONDS, ErrorClass, Minted, MintRequest, Target
-from broker.core.spiffe_id import SpiffeId
+from broker.core.lease import Cause, Lease, LeaseState, Urgency
+from broker.core.ports import NATIVE_EXPIRY_MARGIN_SECONDS
 from broker.core.task import TaskState
-from broker.service import moves, tasks
-from broker.service.admit import BARRED, check_not_barred
-from inventory import decisions, idempotency, identities, kills, ledger
-from inventory import tasks as task_rows
-from inventory.decisions import DecisionRecord
+from broker.service.admit import check_not_barred
+from broker.service.intent import FactsChangedError, IntentLog, claims, decision_record, refuse_killed
+from broker.service.issuance import CredentialRequest, Issued, Plan, mint_request, secret_digest
+from broker.service.mint import Mint
+from inventory import decisions
 
 if TYPE_CHECKING:
     from broker.core.caller import Caller
-    from broker.core.facts import IdentityFacts, Intent
-    from broker.core.ports import Credential
+    from broker.core.facts import IdentityFacts
     from broker.core.task import Task
     from broker.policy.catalog import CatalogAction
     from broker.policy.engine import Judgement
     from broker.service.backends import Backend
     from broker.service.context import Context
     from broker.service.status_indices import StatusIndices
-    from broker.service.tasks import TaskSpec
+    from broker.service.tasks import OpenedTask, Tasks
     from inventory.idempotency import IdempotencyKey
-    from inventory.kills import Kill
-    from inventory.store.writer import Transaction
-
-log = structlog.get_logger(__name__)
 
 FACTS_CHANGED_MAX: Final = 3
 """How often a request is decided anew because facts changed under it."""
 
+__all__ = ["ROUTE", "CredentialRequest", "Issue", "Issued"]
+
 ROUTE: Final = "credentials/request"
-
-
-class FactsChangedError(Exception):
-    """Identity, history or kill switch changed between decision and INTENT: decide again."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CredentialRequest:
-    """What a caller asks for.
-
-    Attributes:
-        task: an open task of the caller's, or the specification of an inline one.
-        ttl_seconds: wished lifetime; None takes the catalog's default.
-
-    """
-
-    task: TaskId | TaskSpec
-    resource: str
-    action: str
-    intent: Intent
-    ttl_seconds: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Issued:
-    """What a caller gets. `credential` is None for a repeated request whose lease has ended."""
-
-    lease: Lease
-    credential: Credential | None
-    basis: Basis | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
-    """One allowed request, ready to be recorded."""
-
-    caller: Caller
-    question: CredentialQuestion
-    judgement: Judgement
-    basis: Basis
-    request: CredentialRequest
-    granted: CatalogAction
-    backend: Backend
-    lease: Lease
-    inline: tasks.OpenedTask | None
-    key: IdempotencyKey | None
-    facts_version: int
 
 
 class Issue:
     """Serves `POST /credentials/request`."""
 
-    def __init__(self, ctx: Context, task_service: tasks.Tasks, indices: StatusIndices) -> None:
+    def __init__(self, ctx: Context, task_service: Tasks, indices: StatusIndices) -> None:
         self._ctx = ctx
         self._tasks = task_service
         self._indices = indices
+        self._intents = IntentLog(ctx, task_service)
+        self._mint = Mint(ctx)
 
     async def request(
         self,
@@ -173,7 +112,7 @@ class Issue:
         facts: IdentityFacts,
         request: CredentialRequest,
         key: IdempotencyKey | None,
-    ) -> _Plan:
+    ) -> Plan:
         """Ask policy; record and raise a refusal, return a plan for an Allow."""
         known, now_ms = self._ctx.known, self._ctx.clock.now_ms()
         facts_version = known.refresh()
@@ -200,7 +139,7 @@ class Issue:
             history=known.history(
                 task=task.id if inline is None else None,
                 identity=caller.spiffe_id,
-                since_ms=self._since_ms(now_ms),
+                since_ms=self._ctx.limits.history_since_ms(now_ms),
             ),
             now_ms=now_ms,
         )
@@ -215,7 +154,7 @@ class Issue:
         if backend.has_external_effect:
             backend.check_available()
         lease = await self._lease(question, backend, decision_id)
-        return _Plan(
+        return Plan(
             caller=caller,
             question=question,
             judgement=judgement,
@@ -231,7 +170,7 @@ class Issue:
 
     async def _task_of(
         self, caller: Caller, facts: IdentityFacts, request: CredentialRequest, now_ms: int
-    ) -> tuple[tasks.OpenedTask | None, Task]:
+    ) -> tuple[OpenedTask | None, Task]:
         if isinstance(request.task, TaskId):
             task = self._ctx.known.task(request.task)
             if task is None or task.identity != caller.spiffe_id:
@@ -252,8 +191,8 @@ class Issue:
         decision_id: DecisionId,
         request: CredentialRequest,
     ) -> None:
-        record = _decision_record(question, judgement, decision_id)
-        text = _claims(request)
+        record = decision_record(question, judgement, decision_id)
+        text = claims(request)
         await self._ctx.store.writer.run(lambda tx: decisions.record(tx, record, text=text))
 
     async def _lease(
@@ -292,248 +231,26 @@ class Issue:
             decision_id=decision_id,
         )
 
-    # --- recording -----------------------------------------------------------------------------
-
-    def _record(self, tx: Transaction, plan: _Plan, *, secret_digest: str | None = None) -> Lease | None:
-        """Record decision and lease in one transaction, under the open task's row.
-
-        Returns:
-            None, or the ended lease that a repeated request is answered with.
-
-        """
-        lease, now_ms = plan.lease, plan.lease.created_ms
-        if plan.key is not None:
-            answer = self._settle_repeat(tx, plan.key, now_ms)
-            if answer is not None:
-                return answer
-        if tx.facts_version != plan.facts_version:
-            self._check_same_facts(tx, plan.question, inline=plan.inline is not None)
-        if plan.inline is not None:
-            self._tasks.record(tx, plan.inline)
-        task_rows.take_from_budget(tx, lease.task_id, now_ms)
-        decisions.record(
-            tx,
-            _decision_record(plan.question, plan.judgement, DecisionId(lease.decision_id or "")),
-            text=_claims(plan.request),
-        )
-        grant = Grant(lease.resource, lease.action)
-        self._remember_grant(tx, grant, (lease.task_id, lease.identity), now_ms)
-        moves.created(
-            self._ctx,
-            tx,
-            lease,
-            actor=lease.identity,
-            fields={
-                "task_purpose": plan.question.task.purpose,
-                "tool": plan.request.intent.tool,
-                "ttl_seconds": plan.question.ttl_seconds,
-                "auth_method": plan.caller.method,
-                "svid_digest": plan.caller.svid_digest,
-                **({} if secret_digest is None else {"secret_digest": secret_digest}),
-            },
-        )
-        if plan.key is not None:
-            idempotency.remember(tx, plan.key, lease.id, now_ms=now_ms)
-        return None
-
-    def _settle_repeat(self, tx: Transaction, key: IdempotencyKey, now_ms: int) -> Lease | None:
-        """Deal with the lease an earlier request with this key made (DESIGN 4, rule 8)."""
-        object_id = idempotency.seen_object(tx, key, now_ms=now_ms)
-        before = None if object_id is None else ledger.get(tx, LeaseId(object_id))
-        if before is None:
-            return None
-        if before.state in NEVER_ACTIVE:
-            raise StillMinting(
-                "The first request with this Idempotency-Key is still being served. Retry shortly.",
-                retry_after_seconds=1,
-                lease_id=before.id,
-            )
-        if before.state is LeaseState.ACTIVE:
-            # No secret is stored, so none can be replayed: the first credential dies, a new one is made.
-            moves.end(self._ctx, tx, before, Cause.SUPERSEDED, actor=key.identity)
-            return None
-        # A mint that never succeeded released nothing: the retry may have its credential.
-        return before if before.was_active else None
-
-    def _check_same_facts(self, tx: Transaction, question: CredentialQuestion, *, inline: bool) -> None:
-        """Raise where what was decided on no longer holds."""
-        identity = question.identity
-        if identities.facts(tx, identity.spiffe_id) != identity:
-            raise FactsChangedError
-        task_id = question.task.task_id
-        of_task = decisions.within({} if inline or task_id is None else decisions.grants_of(tx, task_id), 0)
-        of_identity = decisions.within(
-            decisions.grants_of(tx, identity.spiffe_id), self._since_ms(question.now_ms)
-        )
-        if History(task=of_task, identity=of_identity) != question.history:
-            raise FactsChangedError
-        refuse_killed(
-            kills.find(tx, identity=identity.spiffe_id, owner=identity.owner, resource=question.resource)
-        )
-
-    def _remember_grant(self, tx: Transaction, grant: Grant, scopes: tuple[str, ...], now_ms: int) -> None:
-        """Add the grant to the history of task and identity, unless it was noted within the minute."""
-        known = self._ctx.known
-        stale = tuple(
-            scope
-            for scope in scopes
-            if now_ms - known.last_granted_ms(scope, grant) > decisions.HISTORY_REFRESH_MS
-        )
-        if stale:
-            decisions.remember_grant(tx, stale, grant, at_ms=now_ms)
-
-    def _since_ms(self, now_ms: int) -> int:
-        return now_ms - self._ctx.limits.history_window_seconds * MS_PER_SECOND
-
     # --- own tokens: one commit ----------------------------------------------------------------
 
-    async def _issue_own_token(self, plan: _Plan) -> Issued:
-        minted = await plan.backend.adapter.mint(_mint_request(plan.lease, plan.granted))
-        digest = _secret_digest(self._ctx, minted.credential)
-        answer = await self._ctx.store.writer.run(lambda tx: self._record(tx, plan, secret_digest=digest))
+    async def _issue_own_token(self, plan: Plan) -> Issued:
+        minted = await plan.backend.adapter.mint(mint_request(plan.lease, plan.granted))
+        digest = secret_digest(self._ctx, minted.credential)
+        answer = await self._ctx.store.writer.run(
+            lambda tx: self._intents.record(tx, plan, secret_digest=digest)
+        )
         if answer is not None:
             return Issued(lease=answer, credential=None, basis=None)
         return Issued(lease=plan.lease, credential=minted.credential, basis=plan.basis)
 
     # --- external backends: intent, mint, activate ------------------------------------------------
 
-    async def _issue_through_backend(self, plan: _Plan) -> Issued:
-        answer = await self._ctx.store.writer.run(lambda tx: self._record(tx, plan))
+    async def _issue_through_backend(self, plan: Plan) -> Issued:
+        answer = await self._ctx.store.writer.run(lambda tx: self._intents.record(tx, plan))
         if answer is not None:
             return Issued(lease=answer, credential=None, basis=None)
         # From here on a backend may hold something: a caller that leaves must not stop the record.
-        return await asyncio.shield(asyncio.ensure_future(self._mint_and_activate(plan)))
-
-    async def _mint_and_activate(self, plan: _Plan) -> Issued:
-        lease = plan.lease
-        try:
-            async with plan.backend.minting(lease):
-                lease, minted = await self._mint(plan.backend, lease, plan.granted)
-        except BrokerError:
-            raise
-        except Exception as error:
-            # Every vendor's exception ends here: the adapter says what it means for the lease.
-            raise await self._mint_failed(plan.backend, lease, error) from error
-        digest = _secret_digest(self._ctx, minted.credential)
-        active = await self._ctx.store.writer.run(lambda tx: self._activate(tx, lease, minted, digest))
-        if active is None:
-            self._ctx.telemetry.mint_failed(lease.adapter, "lost")
-            await self._revoke_lost(plan, lease, minted)
-            raise _lost(lease)
-        return Issued(lease=active, credential=minted.credential, basis=plan.basis)
-
-    async def _mint(self, backend: Backend, lease: Lease, granted: CatalogAction) -> tuple[Lease, Minted]:
-        request = _mint_request(lease, granted)
-        handle = await backend.adapter.prepare(request)
-        if handle is not None:
-            prepared = await self._ctx.store.writer.run(
-                lambda tx: moves.move(
-                    self._ctx,
-                    tx,
-                    lease,
-                    LeaseState.PREPARED,
-                    Cause.REQUESTED,
-                    actor=lease.identity,
-                    handle=handle,
-                )
-            )
-            if prepared is None:
-                raise _lost(lease)
-            lease, request = prepared, replace(request, handle=handle)
-        return lease, await backend.adapter.mint(request)
-
-    async def _revoke_lost(self, plan: _Plan, lease: Lease, minted: Minted) -> None:
-        """Undo a mint whose lease was ended meanwhile (rule 2).
-
-        The sweeper proves the end; but only here the handle is known that the backend gave it.
-        """
-        target = Target(
-            lease_id=lease.id,
-            backend_name=lease.backend_name,
-            recipe=plan.granted.recipe,
-            handle=minted.handle if minted.handle is not None else lease.handle,
-            kept=minted.keep,
-        )
-        try:
-            with plan.backend.observed():
-                async with asyncio.timeout(self._ctx.limits.claim_visibility_seconds):
-                    await plan.backend.adapter.revoke(target)
-        except Exception as error:  # noqa: BLE001  any vendor's exception: the sweeper goes on trying
-            log.warning("issue.lost_mint_not_revoked", lease_id=lease.id, error=type(error).__name__)
-
-    def _activate(self, tx: Transaction, lease: Lease, minted: Minted, digest: str) -> Lease | None:
-        """Move to ACTIVE. Only whoever gets a lease back here may release the secret (rule 2).
-
-        A task that ended meanwhile moved the lease in its own transaction, so the guard sees it;
-        a kill and a suspension close their scope first and move its leases afterwards.
-        """
-        overtaken = self._overtaken_by(tx, lease)
-        if overtaken is not None:
-            moves.end(self._ctx, tx, lease, overtaken, actor="broker")
-            return None
-        sealed = None
-        if minted.keep is not None:
-            sealed = self._ctx.keys.seal(minted.keep.reveal(), lease.id.encode())
-        return moves.move(
-            self._ctx,
-            tx,
-            lease,
-            LeaseState.ACTIVE,
-            Cause.MINTED,
-            actor=lease.identity,
-            fields={"secret_digest": digest},
-            handle=minted.handle if minted.handle is not None else lease.handle,
-            sealed=sealed,
-            activated_ms=self._ctx.clock.now_ms(),
-            next_action_ms=lease.expires_ms,
-        )
-
-    def _overtaken_by(self, tx: Transaction, lease: Lease) -> Cause | None:
-        """Return why a credential minted a moment ago must not be released any more."""
-        holder = identities.facts(tx, SpiffeId(lease.identity))
-        if holder is None or holder.lifecycle in BARRED:
-            return Cause.SUSPENDED
-        if kills.find(tx, identity=lease.identity, owner=holder.owner, resource=lease.resource) is not None:
-            return Cause.KILL
-        return Cause.EXPIRY if lease.expires_ms <= self._ctx.clock.now_ms() else None
-
-    async def _mint_failed(self, backend: Backend, lease: Lease, error: Exception) -> MintFailed:
-        """Move the lease where the error says it belongs, and return what to tell the caller."""
-        certain = backend.adapter.classify(error) is ErrorClass.PERMANENT
-        self._ctx.telemetry.mint_failed(lease.adapter, "refused" if certain else "ambiguous")
-
-        def record(tx: Transaction) -> None:
-            # Read anew: a two-step mint that fails has a handle on record already.
-            now = ledger.get(tx, lease.id)
-            if now is None or now.state not in NEVER_ACTIVE:
-                return
-            nothing_made = certain and now.state is LeaseState.INTENT
-            moves.move(
-                self._ctx,
-                tx,
-                now,
-                LeaseState.FAILED if nothing_made else LeaseState.REVOKE_PENDING,
-                Cause.MINT_REFUSED if certain else Cause.MINT_AMBIGUOUS,
-                actor="broker",
-                last_error=type(error).__name__,
-                next_action_ms=None if nothing_made else self._ctx.clock.now_ms(),
-            )
-
-        await self._ctx.store.writer.run(record)
-        detail = (
-            "The backend refused to mint this credential; nothing was made. Tell the resource's owner."
-            if certain
-            else "The backend did not confirm the mint; whatever it made is being revoked. Retry later."
-        )
-        return MintFailed(detail, retry_after_seconds=5, lease_id=lease.id, task_id=lease.task_id)
-
-
-def refuse_killed(kill: Kill | None) -> None:
-    """Raise `IdentityRefused` where the kill switch covers identity, owner or resource."""
-    if kill is not None:
-        raise IdentityRefused(
-            f"An operator has killed this {kill.scope}: nothing is issued for it until that is lifted."
-        )
+        return await asyncio.shield(asyncio.ensure_future(self._mint.mint_and_activate(plan)))
 
 
 def _ttl_seconds(request: CredentialRequest, granted: CatalogAction | None, task: Task, now_ms: int) -> int:
@@ -556,55 +273,3 @@ def _refusal(judgement: Judgement) -> Deny | NeedsApproval:
         # Policy allowed what the catalog does not contain: refuse, and let the record show it.
         return Deny(decision.basis, "There is no such resource and action in the catalog.")
     return decision
-
-
-def _claims(request: CredentialRequest) -> dict[str, str]:
-    return {"reason": request.intent.reason} if request.intent.reason else {}
-
-
-def _decision_record(
-    question: CredentialQuestion, judgement: Judgement, decision_id: DecisionId
-) -> DecisionRecord:
-    return DecisionRecord(
-        id=decision_id,
-        at_ms=question.now_ms,
-        identity=question.identity.spiffe_id,
-        task_id=question.task.task_id,
-        question="credential",
-        decision=judgement.decision,
-        policy_ids=judgement.policy_ids,
-        failed_policy_ids=judgement.failed_ids,
-        input=judgement.input,
-    )
-
-
-def _mint_request(lease: Lease, granted: CatalogAction) -> MintRequest:
-    return MintRequest(
-        lease_id=lease.id,
-        task_id=lease.task_id,
-        identity=SpiffeId(lease.identity),
-        backend_name=lease.backend_name,
-        resource=lease.resource,
-        action=lease.action,
-        recipe=granted.recipe,
-        now_ms=lease.created_ms,
-        expires_ms=lease.expires_ms,
-        not_after_ms=lease.not_after_ms,
-        handle=lease.handle,
-        status_index=lease.status_index,
-    )
-
-
-def _secret_digest(ctx: Context, credential: Credential) -> str:
-    """Return the keyed digest that finds this lease from a leaked secret; several secrets are joined."""
-    return ",".join(ctx.keys.digest(value.reveal().encode()) for value in credential.secret.values())
-
-
-def _lost(lease: Lease) -> LeaseLost:
-    return LeaseLost(
-        "The lease was ended while its credential was being minted; nothing was released. "
-        "If the task is still open, retry.",
-        retry_after_seconds=1,
-        lease_id=lease.id,
-        task_id=lease.task_id,
-    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from broker.core.clock import MS_PER_SECOND
+
 STUCK_AFTER_SECONDS = 600
 """How long revocation may fail before the lease is stuck (DESIGN 4, rule 7)."""
 
@@ -39,3 +41,7 @@ class Limits:
     mint_concurrency: int = 16
     end_concurrency: int = 128
     sweep_tick_seconds: float = 1.0
+
+    def history_since_ms(self, now_ms: int) -> int:
+        """Return from when on an identity's grants count for policy."""
+        return now_ms - self.history_window_seconds * MS_PER_SECOND
