@@ -31,6 +31,8 @@ CHURN = "spiffe://dev.nhi.internal/agent/churn-report"
 NHI = (sys.executable, "-m", "nhi_sdk")
 SECONDS = 60
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cli")]
+
 
 @dataclass
 class Ran:

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+def sockets(directory: Path) -> list[Path]:
+    return list(directory.rglob("*.sock"))
+
+
 async def test_an_interrupted_start_is_undone(short_dir: Path) -> None:
     domain = EmbeddedTrustDomain(short_dir / "td")
     domain.register("spiffe://dev.nhi.internal/agent")
@@ -21,6 +25,6 @@ async def test_an_interrupted_start_is_undone(short_dir: Path) -> None:
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting
-    assert list(short_dir.rglob("*.sock")) == []
+    assert sockets(short_dir) == []
     async with EmbeddedTrustDomain(short_dir / "td"):
         pass  # nobody holds the directory
