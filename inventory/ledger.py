@@ -272,7 +272,8 @@ def postpone(tx: Transaction, lease: Lease, **changes: Any) -> Lease | None:
 def pull_back(tx: Transaction, by_ms: int) -> None:
     """Move the next attempt on every ending lease as far back as the clock jumped. Nothing is audited."""
     tx.execute(
-        f"UPDATE leases SET next_action_ms = next_action_ms - ? WHERE state IN ({_states(ENDING)})",  # noqa: S608  constants of ours
+        "UPDATE leases SET next_action_ms = next_action_ms - ? "  # noqa: S608  constants of ours
+        f"WHERE next_action_ms IS NOT NULL AND state IN ({_states(ENDING)})",
         (by_ms,),
     )
 

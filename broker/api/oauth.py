@@ -104,7 +104,7 @@ class TokenRoutes:
         number: str = request.path_params["number"]
         if not _NUMBER.fullmatch(number):
             raise UnknownObject
-        token = self._tokens.status_list(int(number))
+        token = await self._tokens.status_list(int(number))
         return public_response(
             token.encode("ascii"), STATUS_LIST_TYPE, max_age_seconds=STATUS_LIST_TTL_SECONDS
         )

@@ -6,6 +6,8 @@ that ended the lease. A resource server that checks the signature alone sees onl
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -62,6 +64,7 @@ class Tokens:
         self._issuer = issuer
         self._algorithm = algorithm
         self._lists: dict[int, _CachedList] = {}
+        self._building: dict[int, asyncio.Future[str]] = {}
 
     def introspect(self, caller: Caller, token: str) -> Mapping[str, JsonValue]:
         """Say whether a token is active (RFC 7662 §2.2).
@@ -118,7 +121,7 @@ class Tokens:
         """Return where a status list is served."""
         return f"{self._issuer}/statuslists/{number}"
 
-    def status_list(self, number: int) -> str:
+    async def status_list(self, number: int) -> str:
         """Return a signed Status List Token: a set bit is a token that ended before its expiry.
 
         Raises:
@@ -135,12 +138,30 @@ class Tokens:
             and 0 <= now_ms - cached.built_ms < STATUS_LIST_REBUILD_MS
         ):
             return cached.token
-        first = number * SIZE
-        if not 0 <= number < LISTS_MAX or first >= meta.reserved(self._ctx.store.reader, STATUS_COUNTER):
+        reserved = meta.reserved(self._ctx.store.reader, STATUS_COUNTER)
+        if not 0 <= number < LISTS_MAX or number * SIZE >= reserved:
             raise UnknownObject
-        ended = ledger.revoked_status_indices(
-            self._ctx.store.reader, first, first + SIZE, now_ms - STATUS_SKEW_SECONDS * MS_PER_SECOND
-        )
+        building = self._building.get(number)
+        if building is None:
+            building = asyncio.ensure_future(self._rebuild(number, now_ms, keys))
+            self._building[number] = building
+        # Whoever gives up waiting must not stop it for the others.
+        return await asyncio.shield(building)
+
+    async def _rebuild(self, number: int, now_ms: int, keys: tuple[VerificationKey, ...]) -> str:
+        """Build a list in a thread: a full one takes a large part of a second."""
+        try:
+            token = await asyncio.to_thread(self._build, number, now_ms)
+        finally:
+            del self._building[number]
+        self._lists[number] = _CachedList(token, now_ms, keys)
+        return token
+
+    def _build(self, number: int, now_ms: int) -> str:
+        first = number * SIZE
+        expires_after_ms = now_ms - STATUS_SKEW_SECONDS * MS_PER_SECOND
+        with closing(self._ctx.store.open_reader()) as reader:
+            ended = ledger.revoked_status_indices(reader, first, first + SIZE, expires_after_ms)
         claims = status_list_claims(
             uri=self.status_list_uri(number),
             issued_ms=now_ms,
@@ -148,11 +169,9 @@ class Tokens:
             expires_ms=now_ms + STATUS_LIST_LIFETIME_SECONDS * MS_PER_SECOND,
             lst=encode(index - first for index in ended),
         )
-        token = self._ctx.keys.sign_token(
+        return self._ctx.keys.sign_token(
             {"typ": "statuslist+jwt"}, orjson.dumps(claims), algorithm=self._algorithm
         )
-        self._lists[number] = _CachedList(token, now_ms, keys)
-        return token
 
 
 def _active(own: TokenClaims) -> dict[str, JsonValue]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from typing import TYPE_CHECKING, Any
 
@@ -50,10 +51,10 @@ def parts_of(jws: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return header, payload
 
 
-def status_in_list(world: World, issued: Issued) -> int:
+async def status_in_list(world: World, issued: Issued) -> int:
     assert issued.lease.status_index is not None
     number, position = locate(issued.lease.status_index)
-    _, payload = parts_of(world.services.tokens.status_list(number))
+    _, payload = parts_of(await world.services.tokens.status_list(number))
     return status_of(decode(payload["status_list"]["lst"]), position)
 
 
@@ -145,37 +146,37 @@ async def test_an_ended_token_is_set_in_its_list_and_a_live_one_is_not(world: Wo
     ended = await world.ask(task, "reports-api", "read")
     live = await world.ask(task, "reports-api", "read")
     await world.services.revoke.release(caller(CHURN), ended.lease.id)
-    assert status_in_list(world, ended) == INVALID
-    assert status_in_list(world, live) == VALID
+    assert await status_in_list(world, ended) == INVALID
+    assert await status_in_list(world, live) == VALID
 
 
 async def test_a_list_says_so_within_its_ttl_and_not_later(world: World) -> None:
     issued = await a_token(world)
-    assert status_in_list(world, issued) == VALID
+    assert await status_in_list(world, issued) == VALID
     await world.services.revoke.release(caller(CHURN), issued.lease.id)
     world.clock.advance(ms=STATUS_LIST_REBUILD_MS)
-    assert status_in_list(world, issued) == INVALID
+    assert await status_in_list(world, issued) == INVALID
     assert STATUS_LIST_REBUILD_MS < STATUS_LIST_TTL_SECONDS * MS_PER_SECOND
 
 
 async def test_a_list_built_before_the_clock_jumped_back_is_not_served(world: World) -> None:
     issued = await a_token(world)
-    assert status_in_list(world, issued) == VALID
+    assert await status_in_list(world, issued) == VALID
     await world.services.revoke.release(caller(CHURN), issued.lease.id)
     world.clock.advance(seconds=-600)
-    assert status_in_list(world, issued) == INVALID
+    assert await status_in_list(world, issued) == INVALID
 
 
 async def test_an_ended_token_stays_set_for_verifiers_whose_clock_is_behind(world: World) -> None:
     issued = await a_token(world, ttl_seconds=60)
     await world.services.revoke.release(caller(CHURN), issued.lease.id)
     world.clock.advance(seconds=60 + STATUS_SKEW_SECONDS - 1)
-    assert status_in_list(world, issued) == INVALID
+    assert await status_in_list(world, issued) == INVALID
 
 
 async def test_a_list_outlives_neither_its_key_nor_the_tokens_it_speaks_of(world: World) -> None:
     issued = await a_token(world)
-    _, payload = parts_of(world.services.tokens.status_list(number_of(issued)))
+    _, payload = parts_of(await world.services.tokens.status_list(number_of(issued)))
     policy = TokenKeyPolicy()
     assert payload["exp"] - payload["iat"] == STATUS_LIST_LIFETIME_SECONDS
     assert policy.linger_ms >= STATUS_LIST_LIFETIME_SECONDS * MS_PER_SECOND
@@ -184,22 +185,54 @@ async def test_a_list_outlives_neither_its_key_nor_the_tokens_it_speaks_of(world
 
 async def test_a_list_is_signed_anew_when_its_key_is_thrown_out(world: World) -> None:
     issued = await a_token(world)
-    before, _ = parts_of(world.services.tokens.status_list(number_of(issued)))
+    before, _ = parts_of(await world.services.tokens.status_list(number_of(issued)))
     world.keys.revoke_all_token_keys()
-    after, _ = parts_of(world.services.tokens.status_list(number_of(issued)))
+    after, _ = parts_of(await world.services.tokens.status_list(number_of(issued)))
     assert after["kid"] != before["kid"]
     assert after["kid"] in {key.kid for key in world.keys.token_keys()}
 
 
 async def test_a_list_is_built_once_however_many_ask(world: World) -> None:
     issued = await a_token(world)
-    first = world.services.tokens.status_list(number_of(issued))
+    first = await world.services.tokens.status_list(number_of(issued))
     world.clock.advance(ms=STATUS_LIST_REBUILD_MS - 1)
-    assert world.services.tokens.status_list(number_of(issued)) is first
+    assert await world.services.tokens.status_list(number_of(issued)) is first
 
 
 @pytest.mark.parametrize("number", [-1, 7, 1 << 20, 1 << 80])
 async def test_a_list_that_holds_no_token_is_unknown(world: World, number: int) -> None:
     await a_token(world)
     with pytest.raises(UnknownObject):
-        world.services.tokens.status_list(number)
+        await world.services.tokens.status_list(number)
+
+
+async def test_those_who_ask_at_once_wait_for_one_list_and_one_who_leaves_takes_nothing_along(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    issued = await a_token(world)
+    built: list[int] = []
+    build = world.services.tokens._build
+
+    def counted(number: int, now_ms: int) -> str:
+        built.append(number)
+        return build(number, now_ms)
+
+    monkeypatch.setattr(world.services.tokens, "_build", counted)
+    asking = [asyncio.create_task(world.services.tokens.status_list(number_of(issued))) for _ in range(5)]
+    await asyncio.sleep(0)
+    asking[0].cancel()
+    results = await asyncio.gather(*asking, return_exceptions=True)
+    assert isinstance(results[0], asyncio.CancelledError)
+    assert len(set(results[1:])) == 1
+    assert built == [number_of(issued)]
+
+
+async def test_a_list_that_could_not_be_built_is_built_when_asked_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    issued = await a_token(world)
+    with monkeypatch.context() as broken:
+        broken.setattr("broker.service.tokens.encode", lambda _indices: object())
+        with pytest.raises(TypeError):
+            await world.services.tokens.status_list(number_of(issued))
+    assert await status_in_list(world, issued) == VALID
