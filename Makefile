@@ -57,7 +57,8 @@ clean: ## Remove the environment and caches
 
 $(RUN): requirements/demo.txt pyproject.toml sdk/pyproject.toml
 	@echo "Setting up the environment (once) ..."
-	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/demo.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e sdk -e .
 	@touch $@

@@ -29,7 +29,6 @@ from broker.api.workload import workload_app
 from broker.authn.authenticator import Authenticator
 from broker.authn.bundles import BundleStore, FileBundleSource
 from broker.authn.certificate_files import CertificateFiles
-from broker.authn.workload_api import OwnSvid, WorkloadApiSource
 from broker.core.audit import AuditKind, AuditRecord
 from broker.core.clock import SystemClock
 from broker.core.errors import BrokerError
@@ -61,6 +60,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
     from broker.api.logs import AccessLog
+    from broker.authn.workload_api import OwnSvid
     from broker.core.ids import InstanceTag
     from broker.core.ports import Adapter
     from broker.core.secret import Secret
@@ -246,6 +246,8 @@ class BrokerProcess:
             self._follow(files.run(self._bundles), files.close)
             self.readiness.add("bundle files", lambda: _first(files.problems))
         if chosen.workload_api_socket is not None:
+            from broker.authn.workload_api import WorkloadApiSource  # noqa: PLC0415  gRPC is heavy
+
             spiffe_id = None if chosen.spiffe_id is None else SpiffeId.parse(chosen.spiffe_id)
             source = WorkloadApiSource(chosen.workload_api_socket, spiffe_id)
             source.on_rotation(self._take_svid)
