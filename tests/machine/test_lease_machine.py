@@ -190,6 +190,14 @@ class LeaseMachine(RuleBasedStateMachine):
         # A key of its own per body: the refusal of another body is tested elsewhere.
         self._ask(what, task, key and f"{key} {what} {task.id} {ttl}", ttl, fault)
 
+    @rule(fault=MINT_FAULTS, again=st.integers(min_value=1, max_value=3))
+    def ask_with_a_key_again_and_again(self, fault: Fault | None, again: int) -> None:
+        self._forgive()
+        task = self.tasks[-1]
+        for _ in range(1 + again):
+            self._ask(LOGIN, task, f"again {task.id}", 300, fault)
+            fault = None
+
     @rule(what=st.sampled_from([LOGIN, TOKEN]), fault=MINT_FAULTS)
     def ask_inline(self, what: tuple[str, str], fault: Fault | None) -> None:
         self._ask(what, TaskSpec(purpose="churn-report"), None, 60, fault)

@@ -29,6 +29,12 @@ async def tick(jobs: Jobs, name: str) -> None:
     await job.func()
 
 
+def test_every_job_is_asked_often_whether_it_is_due(jobs: Jobs) -> None:
+    intervals = [job.trigger.interval.total_seconds() for job in jobs._scheduler.get_jobs()]
+    assert len(intervals) >= 4
+    assert max(intervals) <= TICK_SECONDS
+
+
 def put_orphan(world: World) -> None:
     now_ms = world.clock.now_ms()
     name = backend_name(world.store.instance, LeaseId.new())
