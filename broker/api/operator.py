@@ -522,7 +522,6 @@ class _ExportResponse(Response):
 _EXPORT_HEADERS: Final = [
     (b"content-type", EXPORT_TYPE.encode("ascii")),
     (b"content-disposition", b'attachment; filename="audit.jsonl"'),
-    (b"cache-control", b"no-store"),
 ]
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -18,6 +19,7 @@ from tests.support.api import ROOT, Api
 from tests.support.world import CHURN, SUPPORT
 
 if TYPE_CHECKING:
+    import sqlite3
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
@@ -164,6 +166,42 @@ async def test_so_many_exports_run_at_once_and_no_more(api: Api) -> None:
         assert exports.running == 1
 
 
+class WatchedReader:
+    """A reading connection that says when it was closed, and in which thread."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        self.closed = threading.Event()
+        self.readers: set[str] = set()
+
+    def execute(self, *arguments: Any) -> sqlite3.Cursor:
+        self.readers.add(threading.current_thread().name)
+        return self._connection.execute(*arguments)
+
+    def close(self) -> None:
+        self.readers.add(threading.current_thread().name)
+        self._connection.close()
+        self.closed.set()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+async def test_the_reading_connection_is_closed_by_the_one_thread_that_used_it(
+    api: Api, monkeypatch: pytest.MonkeyPatch, *, whole: bool
+) -> None:
+    await some_history(api)
+    monkeypatch.setattr(audit_export, "CHUNK_BYTES", 1)
+    reader = WatchedReader(api.world.store.open_reader())
+    monkeypatch.setattr(api.world.store, "open_reader", lambda: reader)
+    async with api.world.services.exports.open(ORDER) as chunks:
+        for _ in range(5):
+            await anext(chunks)
+        if whole:
+            assert [chunk async for chunk in chunks]
+    assert await asyncio.to_thread(reader.closed.wait, 10)
+    (name,) = reader.readers
+    assert name.startswith("audit-export")
+
+
 # --- clients that do not behave --------------------------------------------------------------------
 
 
@@ -203,7 +241,8 @@ class Connection:
 
     @property
     def complete(self) -> bool:
-        return not self.sent[-1].get("more_body", True)
+        last = self.sent[-1]
+        return last["type"] == "http.response.body" and not last.get("more_body", False)
 
 
 async def test_a_client_that_leaves_ends_its_export(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
