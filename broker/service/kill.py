@@ -134,7 +134,9 @@ async def _end_scope(ctx: Context, kill: Kill) -> KillResult:
     """End everything live in a scope that is marked as killed."""
     tasks_ended = leases_moved = 0
     for spiffe_id in _identities_in(ctx, kill):
-        tasks_ended += await end_tasks_of(ctx, spiffe_id, kill.actor, kill.reason)
+        tasks, with_them = await end_tasks_of(ctx, spiffe_id, kill.actor, kill.reason)
+        tasks_ended += tasks
+        leases_moved += with_them
         live = partial(ledger.live_of_identity, spiffe_id=spiffe_id, limit=PAGE)
         leases_moved += await end_pages(ctx, live, Cause.KILL, actor=kill.actor)
     if kill.scope is KillScope.RESOURCE:
@@ -171,19 +173,21 @@ async def end_pages(ctx: Context, live: LivePage, cause: Cause, *, actor: str) -
     return moved
 
 
-async def end_tasks_of(ctx: Context, spiffe_id: str, actor: str, reason: str) -> int:
-    """End an identity's open tasks, each in its own transaction; returns how many."""
-    ended = 0
+async def end_tasks_of(ctx: Context, spiffe_id: str, actor: str, reason: str) -> tuple[int, int]:
+    """End an identity's open tasks, each in its own transaction; returns how many, and their live leases."""
+    ended = moved = 0
     for _ in range(PAGES_MAX):
         page = task_rows.open_of_identity(ctx.store.reader, spiffe_id)
         for task in page:
+            live = len(ledger.live_of_task(ctx.store.reader, task.id))
             done = await ctx.store.writer.run(
                 partial(end_task, ctx, task=task, cause=TaskEndCause.KILL, actor=actor, reason=reason)
             )
-            ended += 0 if done is None else 1
+            if done is not None:
+                ended, moved = ended + 1, moved + live
         if not page:
             break
-    return ended
+    return ended, moved
 
 
 if TYPE_CHECKING:

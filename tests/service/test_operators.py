@@ -52,7 +52,8 @@ async def test_a_kill_stops_issue_and_introspection_at_once(
 async def test_a_killed_identitys_database_login_is_proven_dead(world: World) -> None:
     task = await world.open_task()
     issued = await world.ask(task)
-    await world.services.kill.kill(order(KillScope.IDENTITY, CHURN))
+    result = await world.services.kill.kill(order(KillScope.IDENTITY, CHURN))
+    assert (result.tasks_ended, result.leases_moved) == (1, 1)
     await world.drain()
     lease = ledger.get(world.store.reader, issued.lease.id)
     assert lease is not None
