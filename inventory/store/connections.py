@@ -7,7 +7,7 @@ survives a power cut.
 from __future__ import annotations
 
 import sqlite3
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from broker.core.errors import LedgerUnavailable
 
@@ -35,16 +35,36 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
     return connection
 
 
+class ReadingConnection(sqlite3.Connection):
+    """A connection whose callers learn in our words that the ledger cannot be read."""
+
+    def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:
+        """Run one statement.
+
+        Raises:
+            LedgerUnavailable: the file is gone, damaged, locked for too long, or its disk fails.
+
+        """
+        try:
+            return super().execute(sql, parameters)
+        except sqlite3.DatabaseError as error:
+            raise LedgerUnavailable(
+                "The ledger cannot be read; nothing was issued. Retry later.", retry_after_seconds=5
+            ) from error
+
+
 def open_for_reading(path: Path) -> sqlite3.Connection:
     """Open a connection that cannot write: ``query_only``, and it sees committed rows only."""
-    connection = _connect(f"file:{path}?mode=rw")
+    connection = _connect(f"file:{path}?mode=rw", ReadingConnection)
     connection.execute("PRAGMA query_only=ON")
     return connection
 
 
-def _connect(uri: str) -> sqlite3.Connection:
+def _connect(uri: str, kind: type[sqlite3.Connection] = sqlite3.Connection) -> sqlite3.Connection:
     try:
-        connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(
+            uri, uri=True, isolation_level=None, check_same_thread=False, factory=kind
+        )
     except sqlite3.OperationalError as error:
         raise LedgerUnavailable("The ledger cannot be opened.") from error
     connection.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
