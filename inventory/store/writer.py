@@ -113,6 +113,10 @@ class Transaction:
         return self._after
 
 
+class _WroteAndRaisedError(Exception):
+    """A unit raised after it had written, in a batch that runs without savepoints."""
+
+
 @dataclass(slots=True)
 class _Item(Generic[T]):
     unit: Callable[[Transaction], T]
@@ -227,12 +231,16 @@ class Writer:
 
         Nobody is told anything before the commit, refusals included: what a unit refused for
         may be what an earlier unit of the batch wrote, and that may yet be rolled back.
+
+        Savepoints cost a copy of every page a unit touches, and most units that raise have
+        written nothing. So a batch first runs without; only where one wrote and then raised is
+        it run again with them.
         """
-        head = self.head
         try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            for item in batch:
-                head = self._run_unit(item, head)
+            head = self._run_units(batch, self._run_unit)
+        except _WroteAndRaisedError:
+            head = self._run_units(batch, self._run_unit_in_savepoint)
+        try:
             await self._commit()
         except BaseException:
             if self._connection.in_transaction:
@@ -254,8 +262,45 @@ class Writer:
             wait_for_threads([committing])
             raise
 
+    def _run_units(
+        self, batch: list[_Item[Any]], run: Callable[[_Item[Any], ChainHead], ChainHead]
+    ) -> ChainHead:
+        """Run every unit in a transaction left open, and return the chain's head after the last."""
+        head = self.head
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            for item in batch:
+                head = run(item, head)
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.rollback()
+            raise
+        return head
+
     def _run_unit(self, item: _Item[Any], head: ChainHead) -> ChainHead:
-        """Run one unit in a savepoint and return the chain's head after it."""
+        """Run one unit and return the chain's head after it.
+
+        Raises:
+            _WroteAndRaisedError: what it wrote must be undone without the rest of the batch.
+
+        """
+        transaction = Transaction(self._connection, head, self._keys, self.facts)
+        item.error, item.hooks = None, ()
+        changes = self._connection.total_changes
+        try:
+            item.result = item.unit(transaction)
+        except sqlite3.Error:
+            raise  # the database itself failed: the batch is rolled back and retried one by one
+        except Exception as error:
+            if self._connection.total_changes != changes:
+                raise _WroteAndRaisedError from error
+            item.error = error
+            return head
+        item.hooks = transaction.hooks
+        return transaction.head
+
+    def _run_unit_in_savepoint(self, item: _Item[Any], head: ChainHead) -> ChainHead:
+        """Run one unit, undoing it alone where it raises, and return the chain's head after it."""
         transaction = Transaction(self._connection, head, self._keys, self.facts)
         item.error, item.hooks = None, ()
         self._connection.execute("SAVEPOINT unit")
