@@ -233,7 +233,7 @@ class _Judge:
     def _not_permitted(self, source: Mapping[str, Any]) -> str:
         if source["kind"] == inputs.CREDENTIAL:
             return reasons.not_permitted(source, self.reach)
-        now_ms = source["context"]["facts"]["now_ms"]
+        now_ms = source["context"]["clock"]["now_ms"]
         return reasons.no_purpose(source["principal"], now_ms, self.reach)
 
     def _unregistered(self, source: Mapping[str, Any]) -> str:

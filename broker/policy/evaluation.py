@@ -14,7 +14,9 @@ import orjson
 from broker.policy.catalog import CatalogAction, CatalogResource, Purpose
 from broker.policy.errors import PolicyError
 from broker.policy.inputs import (
+    CREDENTIAL,
     EFFECTS,
+    TASK,
     OutOfBoundsError,
     neutral_credential,
     neutral_task,
@@ -30,7 +32,11 @@ if TYPE_CHECKING:
     from broker.policy.policyset import PolicySources
 
 CONTEXT_BYTES_MAX: Final = 65_536
-_ENTITIES_CACHED: Final = 4096
+_ENTITIES_CACHED: Final = 1024
+_FACTS: Final[Mapping[str, Mapping[str, str]]] = {
+    CREDENTIAL: {"type": "CredentialFacts", "id": "now"},
+    TASK: {"type": "TaskFacts", "id": "now"},
+}
 
 _ERROR_POLICY: Final = re.compile(r"policy `([^`]+)`")
 
@@ -89,11 +95,11 @@ class Evaluator:
             OutOfBoundsError: where the context is larger than policy looks at.
 
         """
-        context = orjson.dumps(source["context"])
-        if len(context) > CONTEXT_BYTES_MAX:
+        context, entities_text = _context_json(source), _entities_json(source)
+        if len(context) + len(entities_text) > CONTEXT_BYTES_MAX:
             raise OutOfBoundsError("context")
         try:
-            entities = self._entities(_entities_json(source))
+            entities = self._entities(entities_text)
         except ValueError:
             return Answer(Outcome.FAILED)
         by_scope = self.compiled.permits_by_scope if permits_only else self.compiled.everything_by_scope
@@ -101,7 +107,7 @@ class Evaluator:
         policies = by_scope.matching(
             (principal["type"], principal["id"]), source["action"], (resource["type"], resource["id"])
         )
-        return self._read(cedarpy.is_authorized(_request(source, context.decode()), policies, entities))
+        return self._read(cedarpy.is_authorized(_request(source, context), policies, entities))
 
     def _read(self, result: cedarpy.AuthzResult) -> Answer:
         diagnostics = result.diagnostics
@@ -125,7 +131,7 @@ class Evaluator:
             except ValueError as error:
                 problems.append(f"{SCHEMA_NAME}: does not fit the entities the broker supplies: {error}")
                 continue
-            request = _request(source, orjson.dumps(source["context"]).decode())
+            request = _request(source, _context_json(source))
             schema = self.compiled.schema
             answer = cedarpy.is_authorized(request, self.compiled.permits, entities, schema)
             if answer.decision is cedarpy.Decision.NoDecision:
@@ -136,11 +142,18 @@ class Evaluator:
 
 
 def _entities_json(source: Mapping[str, Any]) -> str:
+    """Write principal, resource and facts: what stays the same from request to request is parsed once."""
+    facts = {**_FACTS[source["kind"]], "attrs": source["context"]["facts"]}
     entities = [
         {"uid": {"type": entity["type"], "id": entity["id"]}, "attrs": entity["attrs"], "parents": ()}
-        for entity in (source["principal"], source["resource"])
+        for entity in (source["principal"], source["resource"], facts)
     ]
     return orjson.dumps(entities).decode()
+
+
+def _context_json(source: Mapping[str, Any]) -> str:
+    """Write the context with a reference in place of the facts."""
+    return orjson.dumps({**source["context"], "facts": {"__entity": _FACTS[source["kind"]]}}).decode()
 
 
 def _request(source: Mapping[str, Any], context: str) -> dict[str, object]:

@@ -114,8 +114,8 @@ def credential_source(
         "action": action.effect,
         "resource": resource_entity(action.resource),
         "context": {
+            "clock": _clock(now_ms),
             "facts": {
-                **_time_facts(now_ms),
                 "approvals": _sorted(approvals),
                 "history": history,
                 "revocability": revocability,
@@ -172,7 +172,8 @@ def task_source(
         "action": OPEN_TASK,
         "resource": purpose_entity(purpose),
         "context": {
-            "facts": {**_time_facts(now_ms), "approvals": _sorted(approvals), "history": history},
+            "clock": _clock(now_ms),
+            "facts": {"approvals": _sorted(approvals), "history": history},
             "request": request,
         },
     }
@@ -315,7 +316,7 @@ def _task_facts(task: TaskFacts) -> dict[str, JsonValue]:
     }
 
 
-def _time_facts(now_ms: int) -> dict[str, JsonValue]:
+def _clock(now_ms: int) -> dict[str, JsonValue]:
     return {
         "hour_utc": now_ms // _MS_PER_HOUR % 24,
         "now_ms": now_ms,

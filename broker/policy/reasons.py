@@ -52,7 +52,7 @@ def forbidden(policies: Iterable[PolicyInfo], source: Mapping[str, Any]) -> str:
 def not_permitted(source: Mapping[str, Any], reach: Reach) -> str:
     """Say that no permit matched, naming owner and purposes only of what the caller may see."""
     context, resource = source["context"], source["resource"]["id"]
-    granted = reach.granted(source["principal"], resource, context["facts"]["now_ms"])
+    granted = reach.granted(source["principal"], resource, context["clock"]["now_ms"])
     purposes = granted.get(context["request"]["action"])
     if purposes is None:
         return _other_action(resource, granted, reach)

@@ -213,7 +213,7 @@ def test_replay_under_another_set_shows_what_would_flip(folder: Path, engine: Po
     stricter = _engine(
         folder,
         '@id("night") @reason("Not at noon.") forbid (principal, action in Action::"use", resource) '
-        "when { context.facts.hour_utc == 12 && context.facts.weekday_utc == 4 };",
+        "when { context.clock.hour_utc == 12 && context.clock.weekday_utc == 4 };",
     )
     assert isinstance(engine.replay(recorded), Allow)
     assert _reason(stricter.replay(recorded)) == "Not at noon."
@@ -295,7 +295,7 @@ def test_facts_come_from_catalog_and_adapter_not_from_the_caller(engine: PolicyE
     assert recorded["context"]["facts"]["revocability"] == "immediate"
     assert recorded["context"]["facts"]["ttl_seconds_max"] == 3600
     assert recorded["context"]["claims"] == {"reason_length": 13, "tool": "sql.query"}
-    assert (recorded["context"]["facts"]["hour_utc"], recorded["context"]["facts"]["weekday_utc"]) == (12, 4)
+    assert (recorded["context"]["clock"]["hour_utc"], recorded["context"]["clock"]["weekday_utc"]) == (12, 4)
     unknown: Any = engine.decide_credential(ask.credential()).input
     assert unknown["context"]["facts"]["revocability"] == "unknown"
 
@@ -413,7 +413,7 @@ def test_who_gets_nothing_sees_nothing(engine: PolicyEngine, ask: Any, changes: 
 def test_visible_follows_the_time_of_day(folder: Path, ask: Any) -> None:
     office = _engine(
         folder,
-        f'@id("office") @reason("After nine.") forbid {CREDENTIALS} when {{ context.facts.hour_utc < 9 }};',
+        f'@id("office") @reason("After nine.") forbid {CREDENTIALS} when {{ context.clock.hour_utc < 9 }};',
     )
     nine_ms = 9 * 3_600_000
     assert office.visible(ask.identity, nine_ms - 1) == []
