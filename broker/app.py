@@ -71,6 +71,9 @@ log = structlog.get_logger(__name__)
 IDENTITY_SECONDS_MAX: Final = 30
 """How long start-up waits for the broker's own certificate and the first bundles."""
 
+KEY_RECHECK_SECONDS: Final = 0.02
+"""How long a key that another process rotated or revoked may still be used here."""
+
 LISTENERS: Final = ("workload", "operator", "ops")
 
 
@@ -158,7 +161,13 @@ class BrokerProcess:
         untouched = engine.is_untouched(self.settings.ledger.path)
         self.settings.keys.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         lifetimes = TokenKeyPolicy(token_ttl_seconds_max=self.settings.workload.token_ttl_seconds_max)
-        keys = FileKeyStore(self.settings.keys.path, self._clock, policy=lifetimes, create=untouched)
+        keys = FileKeyStore(
+            self.settings.keys.path,
+            self._clock,
+            policy=lifetimes,
+            create=untouched,
+            recheck_seconds=KEY_RECHECK_SECONDS,
+        )
         self._closers.append(_as_async(engine.claim(self.settings.ledger.path)))
         copy = HeadCopy(self.settings.audit.copy_directory)
         store = Store.open(self.settings.ledger.path, keys, copy)

@@ -24,6 +24,12 @@ _INSTANCE: Final = re.compile(r"[a-z2-7]{6}")
 _count = itertools.count(secrets.randbits(_COUNT_BITS))
 
 
+# RFC 4648 §6 in lower case, two characters for ten bits at a time.
+_ALPHABET: Final = "abcdefghijklmnopqrstuvwxyz234567"
+_PAIRS: Final = tuple(first + second for first in _ALPHABET for second in _ALPHABET)
+_SHIFTS: Final = range(_SECONDS_BITS + _COUNT_BITS - 10, -1, -10)
+
+
 def _base32(data: bytes) -> str:
     return base64.b32encode(data).decode("ascii").rstrip("=").lower()
 
@@ -47,7 +53,7 @@ class _PrefixedId(str):
         process apart whatever their rate, its random beginning those of two.
         """
         drawn = int(time.time()) << _COUNT_BITS | next(_count) & _COUNT_MASK
-        return cls(cls.prefix + _base32(drawn.to_bytes((_SECONDS_BITS + _COUNT_BITS) // 8, "big")))
+        return cls(cls.prefix + "".join([_PAIRS[drawn >> shift & 1023] for shift in _SHIFTS]))
 
     @classmethod
     def parse(cls, text: str) -> Self:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import hmac
+import math
 import secrets
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -90,6 +92,8 @@ class FileKeyStore:
         policy: how long token keys live.
         create: whether to make the file where there is none. A broker whose ledger has
             rows must not: new keys could not unseal what the ledger holds.
+        recheck_seconds: how long another process's change of the file may go unseen; 0 looks at
+            every use, which costs a system call each.
 
     Raises:
         KeyStoreError: the file is missing, damaged, or others could read or write it.
@@ -103,11 +107,14 @@ class FileKeyStore:
         *,
         policy: TokenKeyPolicy | None = None,
         create: bool = True,
+        recheck_seconds: float = 0,
     ) -> None:
         self._path = Path(path)
         self._text_path = str(self._path)  # what lstat takes fastest
         self._clock = clock
         self._policy = policy or TokenKeyPolicy()
+        self._recheck_seconds = recheck_seconds
+        self._checked_at = -math.inf
         if create and not self._exists():
             self._create()
         self._live = self._load()
@@ -264,8 +271,12 @@ class FileKeyStore:
     # --- the file -----------------------------------------------------------------------------
 
     def _current(self) -> _Live:
-        """Return the keys as the file has them now."""
+        """Return the keys as the file has them now, or had them `recheck_seconds` ago."""
         live = self._live
+        now = time.monotonic()
+        if now - self._checked_at < self._recheck_seconds:
+            return live
+        self._checked_at = now
         if key_file.fingerprint(self._text_path) != live.fingerprint:
             live = self._live = self._load()
         return live

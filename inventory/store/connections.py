@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _BUSY_TIMEOUT_MS: Final = 5000
-_CACHE_KIB: Final = 16_384
+_WRITER_CACHE_KIB: Final = 16_384
+_READER_CACHE_KIB: Final = 4_096
 
 
 class LedgerSchemaError(RuntimeError):
@@ -29,6 +30,7 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
     concurrently; the writer sees to that.
     """
     connection = _connect(f"file:{path}?mode=rw")
+    connection.execute(f"PRAGMA cache_size=-{_WRITER_CACHE_KIB}")
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute("PRAGMA foreign_keys=ON")
@@ -69,7 +71,7 @@ def _connect(uri: str, kind: type[sqlite3.Connection] = sqlite3.Connection) -> s
     except sqlite3.OperationalError as error:
         raise LedgerUnavailable("The ledger cannot be opened.") from error
     connection.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
-    connection.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
+    connection.execute(f"PRAGMA cache_size=-{_READER_CACHE_KIB}")
     return connection
 
 
