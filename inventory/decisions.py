@@ -11,7 +11,7 @@ import orjson
 from broker.core.audit import AuditKind, AuditRecord
 from broker.core.decision import Allow, Decision, Deny, NeedsApproval
 from broker.core.facts import Grant
-from inventory.store.sql import insert_sql
+from inventory.store.sql import plain, positional_insert_sql
 from inventory.store.tables import DecisionRow
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 HISTORY_REFRESH_MS: Final = 60_000
 """A grant already in the history is written again at most once a minute (`_REMEMBER` says the same)."""
 
-_INSERT: Final = insert_sql(DecisionRow)
+_INSERT: Final = positional_insert_sql(DecisionRow)
 _REMEMBER: Final = (
     "INSERT INTO history (scope, resource, action, last_ms) VALUES (?, ?, ?, ?) "
     "ON CONFLICT (scope, resource, action) DO UPDATE SET last_ms = excluded.last_ms "
@@ -71,18 +71,20 @@ def record(tx: Transaction, made: DecisionRecord, *, text: Mapping[str, str] | N
     asked = orjson.dumps(made.input, option=orjson.OPT_SORT_KEYS)
     tx.execute(
         _INSERT,
-        {
-            "id": made.id,
-            "at_ms": made.at_ms,
-            "identity": made.identity,
-            "task_id": made.task_id,
-            "question": made.question,
-            "outcome": outcome,
-            "reason": reason,
-            "policy_ids": orjson.dumps(made.policy_ids).decode(),
-            "policy_hash": basis.policy_hash,
-            "input": asked.decode(),
-        },
+        plain(
+            (
+                made.id,
+                made.at_ms,
+                made.identity,
+                made.task_id,
+                made.question,
+                outcome,
+                reason,
+                orjson.dumps(made.policy_ids).decode(),
+                basis.policy_hash,
+                asked.decode(),
+            )
+        ),
     )
     tx.audit(
         AuditRecord(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
 
 import orjson
@@ -27,7 +28,7 @@ from broker.core.lease import (
     check_move,
     urgency_of,
 )
-from inventory.store.sql import column_names, insert_sql, select_sql
+from inventory.store.sql import column_names, plain, positional_insert_sql, select_sql
 from inventory.store.tables import LeaseRow
 
 if TYPE_CHECKING:
@@ -44,7 +45,9 @@ PAGE_MAX: Final = 1000
 """Rows per read of a list."""
 
 _NAMES: Final = column_names(LeaseRow)
-_INSERT: Final = insert_sql(LeaseRow)
+_INSERT: Final = positional_insert_sql(LeaseRow)
+_IN_COLUMN_ORDER: Final = attrgetter(*_NAMES)
+_EVIDENCE: Final = _NAMES.index("evidence")
 _SELECT: Final = select_sql(LeaseRow)
 _SELECT_BY_ID: Final = select_sql(LeaseRow, "WHERE id = ?")
 
@@ -347,8 +350,11 @@ def _guarded_update(tx: Transaction, lease: Lease, values: dict[str, Any]) -> Le
     return dataclasses.replace(lease, **values)
 
 
-def _to_row(lease: Lease) -> dict[str, Any]:
-    return _encoded({name: getattr(lease, name) for name in _NAMES})
+def _to_row(lease: Lease) -> list[Any]:
+    row = plain(_IN_COLUMN_ORDER(lease))
+    if lease.evidence is not None:
+        row[_EVIDENCE] = orjson.dumps(lease.evidence).decode()
+    return row
 
 
 def _encoded(values: dict[str, Any]) -> dict[str, Any]:

@@ -6,11 +6,14 @@ is the same.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from sqlalchemy import Table
     from sqlalchemy.sql import ClauseElement
     from sqlmodel import SQLModel
@@ -39,6 +42,23 @@ def positional_insert_sql(model: type[SQLModel]) -> str:
     table = table_of(model)
     marks = ", ".join("?" for _ in table.columns)
     return f"INSERT INTO {table.name} ({', '.join(column_names(model))}) VALUES ({marks})"  # noqa: S608  constants of ours
+
+
+_PLAIN: Final = frozenset({int, str, bytes, NoneType})
+
+
+def plain(values: Iterable[Any]) -> list[Any]:
+    """Return values as the types SQLite knows, so that the driver need not ask each how it adapts.
+
+    Our ids and enumerations are subclasses of str and int; asking costs more than binding.
+    """
+    return [value if type(value) in _PLAIN else _as_plain(value) for value in values]
+
+
+def _as_plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return str(value)
+    return int(value) if isinstance(value, int) else value
 
 
 def column_names(model: type[SQLModel]) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ import structlog
 
 from broker.core.errors import LedgerUnavailable, Overloaded
 from inventory.audit.chain import ChainHead, append
-from inventory.store.sql import positional_insert_sql
+from inventory.store.sql import plain, positional_insert_sql
 from inventory.store.tables import AuditRow, AuditTextRow
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Transaction:
     def audit(self, record: AuditRecord) -> None:
         """Append to the chain, in this transaction: either both stand or neither."""
         self.head, row, texts = append(self.head, record, self._keys)
-        self._connection.execute(_INSERT_AUDIT, row)
+        self._connection.execute(_INSERT_AUDIT, plain(row))
         for text in texts:
             self._connection.execute(_INSERT_AUDIT_TEXT, text)
 
