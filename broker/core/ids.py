@@ -10,6 +10,7 @@ import base64
 import itertools
 import re
 import secrets
+import string
 import time
 from typing import ClassVar, Final, Self
 
@@ -25,7 +26,7 @@ _count = itertools.count(secrets.randbits(_COUNT_BITS))
 
 
 # RFC 4648 §6 in lower case, two characters for ten bits at a time.
-_ALPHABET: Final = "abcdefghijklmnopqrstuvwxyz234567"
+_ALPHABET: Final = string.ascii_lowercase + "234567"
 _PAIRS: Final = tuple(first + second for first in _ALPHABET for second in _ALPHABET)
 _SHIFTS: Final = range(_SECONDS_BITS + _COUNT_BITS - 10, -1, -10)
 
