@@ -23,6 +23,7 @@ from broker.core.lease import (
     urgency_of,
 )
 from inventory import ledger
+from inventory.store.sql import column_names
 from inventory.store.tables import LeaseRow
 from tests.support.ledger import NOW_MS, Immediate, Opened, a_lease, migrated
 
@@ -318,13 +319,14 @@ async def test_the_end_is_dated_once(opened: Opened, source: LeaseState, target:
 # --- the database on its own -------------------------------------------------------------------
 
 
-def raw_insert(path: Path, values: dict[str, Any]) -> None:
+def raw_insert(path: Path, values: list[Any]) -> None:
     with Immediate(path) as tx:
         tx.execute(ledger._INSERT, values)
 
 
-def row_of(standing: LeaseState, **changes: Any) -> dict[str, Any]:
-    return ledger._to_row(a_lease(standing)) | changes
+def row_of(standing: LeaseState, **changes: Any) -> list[Any]:
+    values = dict(zip(column_names(LeaseRow), ledger._to_row(a_lease(standing)), strict=True))
+    return list({**values, **changes}.values())
 
 
 @pytest.fixture

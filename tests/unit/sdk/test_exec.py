@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -85,7 +86,9 @@ def running(
     try:
         yield process
     finally:
-        process.kill()
+        # The whole session: a child that outlived `nhi` would keep the pipes open for ever.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
 
@@ -338,7 +341,9 @@ def test_an_ignored_hangup_stays_ignored(variables: dict[str, str], server: Cont
         process.send_signal(signal.SIGUSR1)
         out, _ = process.communicate(timeout=30)
     finally:
-        process.kill()
+        # The whole session: a child that outlived `nhi` would keep the pipes open for ever.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     assert (process.returncode, out) == (40, "SIGUSR1\n")
     assert server.alive() == []
