@@ -209,7 +209,7 @@ async def _bare_mint(admin: asyncpg.Connection[asyncpg.Record], number: int) -> 
 
 async def main() -> int:
     """Measure everything; exit 1 where a goal is missed."""
-    async with DevParts() as parts:
+    async with DevParts(durable=True) as parts:
         settings = parts.settings.model_copy(update={"limits": NO_LIMITS})
         config = parts.directory / "bench.toml"
         write_settings(settings, config)
