@@ -498,7 +498,7 @@ COMMON: dict[str, Any] = {
     "print_blob": True,
 }
 SHORT = settings(max_examples=25, stateful_step_count=30, **COMMON)
-LONG = settings(max_examples=400, stateful_step_count=60, **COMMON)
+LONG = settings(max_examples=120, stateful_step_count=60, **COMMON)
 
 
 @pytest.mark.parametrize("machine", MACHINES)
