@@ -68,7 +68,7 @@ async def issue_tokens(bench: Bench) -> None:
     """Audited token issue end to end over HTTPS, JWT-SVID, closed loop."""
     svid = bench.parts.trust_domain.issue_jwt_svid(AGENT, bench.settings.identity.audience, 3000)
     body = {"resource": "reports-api", "action": "write", "intent": {"tool": "bench", "reason": "speed"}}
-    best: dict[str, Any] = {}
+    rounds: list[dict[str, Any]] = []
     async with AsyncBroker.from_env(bench.parts.agent_environment(AGENT)) as broker:
         for round_ in range(ROUNDS + 1):
             tasks = [
@@ -88,15 +88,19 @@ async def issue_tokens(bench: Bench) -> None:
             )
             for task in tasks:
                 await task.end(wait=0)
-            if round_ and (not best or len(result["latencies"]) > len(best["latencies"])):
-                best = result
-    if best["failures"]:
-        print(f"  {best['failures']} answers were not 201: {best['first_failure']}")
-    rate = len(best["latencies"]) / best["seconds"]
-    p99_ms = percentile(best["latencies"], 0.99) * 1000
-    bench.add("token issue, 16 connections", rate, "/s", "at least 3,000", met=rate >= 3000)
+            if round_:  # the first one only warms up
+                rounds.append(result)
+    # The median round: the best one would flatter, and nobody is served by the best one.
+    median = sorted(rounds, key=lambda one: len(one["latencies"]))[len(rounds) // 2]
+    if median["failures"]:
+        print(f"  {median['failures']} answers were not 201: {median['first_failure']}")
+    rate = len(median["latencies"]) / median["seconds"]
+    p99_ms = percentile(median["latencies"], 0.99) * 1000
+    bench.add(
+        "token issue, 16 connections, median of 3 rounds", rate, "/s", "at least 3,000", met=rate >= 3000
+    )
     bench.add("token issue p99", p99_ms, "ms", "at most 10", met=p99_ms <= 10)
-    bench.add("token issue, broker CPU", best["cpu_us"], "us", "shown", met=True)
+    bench.add("token issue, broker CPU", median["cpu_us"], "us", "shown", met=True)
     memory = resident_mib_max(bench.child.pid)
     bench.add("broker memory, largest", memory, "MiB", "at most 160", met=memory <= 160)
 
